@@ -1,0 +1,273 @@
+"""Building, loading and saving models.
+
+A saved folder is complete (weights, configuration, processor), named in the released layout, and loads with the Auto
+classes. It is written beside its place, flushed to disk and then renamed, so a crash or a full disk leaves the earlier
+folder as it was. Pickled weights are refused: loading one runs whatever code it holds.
+
+Sizes: SAIL-ViT-Huge with Qwen3-0.6B, 1.7B and 8B (technical report arXiv 2509.14033, section 2), and ``nano``, the same
+graph for a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from . import SailVLConfig, SailVLForConditionalGeneration, SailVLProcessor
+from .attention import PACKED
+
+PARTS = ("vit", "projector", "lm")
+"""What a training stage may train; the head, tied or not, belongs to the language model."""
+
+_HUGE = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 12}
+_QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+
+SIZES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "nano": (
+        112,
+        {
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "initializer_range": 0.06,
+        },
+        {
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.05,
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "1b": (
+        448,
+        _HUGE,
+        {
+            **_QWEN3,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "2b": (
+        448,
+        _HUGE,
+        {
+            **_QWEN3,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "8b": (
+        448,
+        _HUGE,
+        {
+            **_QWEN3,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+"""Size name to tile side in pixels, encoder fields, language model fields.
+
+The nano model starts with larger weights than the usual 0.02, nearer to 1 / sqrt(width): products of features (an
+object, and where it is) would otherwise take most of its minutes of training to leave zero.
+"""
+
+
+class CheckpointError(OSError):
+    """A model folder that cannot be read or written; the message names it and what to do."""
+
+
+def config_for(
+    size: str,
+    *,
+    vocab_size: int | None = None,
+    processor: SailVLProcessor | None = None,
+    side: int | None = None,
+    select_layer: int = -1,
+    vit: Mapping[str, Any] | None = None,
+    lm: Mapping[str, Any] | None = None,
+) -> SailVLConfig:
+    """The configuration of a size ("nano", "1b", "2b", "8b"), with overrides.
+
+    ``processor`` sets the vocabulary size (rounded up to 64), all token ids and the tile side. Without one the ids are
+    those of the packaged tokenizers: 26 tokens of Qwen3 and then 9 of SAIL-VL2 end the vocabulary (nano), or stand
+    where the release has them. ``vit`` and ``lm`` override fields of ``SailViTConfig`` and ``Qwen3Config``.
+    Raises ValueError for an unknown size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown model size '{size}'; sizes: {', '.join(SIZES)}")
+    base_side, base_vit, base_lm = SIZES[size]
+    text = {"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6, **base_lm, **(lm or {})}
+    tiles: dict[str, Any] = {}
+    if processor is not None:
+        tiling = processor.image_processor.tiling
+        base_side = tiling.side
+        tiles = {"min_dynamic_patch": tiling.min_tiles, "max_dynamic_patch": tiling.max_tiles}
+        text["vocab_size"] = math.ceil(len(processor.tokenizer) / 64) * 64
+    if vocab_size is not None:
+        text["vocab_size"] = vocab_size
+    ids = _token_ids(processor, 151643 if size != "nano" else text["vocab_size"] - 35)
+    text |= {"bos_token_id": ids["pad"], "eos_token_id": ids["eos"], "pad_token_id": ids["pad"]}
+    return SailVLConfig(
+        text_config={"model_type": "qwen3", **text},
+        vision_config={**base_vit, "image_size": side or base_side, "patch_size": 14, **(vit or {})},
+        select_layer=select_layer,
+        ps_version="v2",
+        image_start_token_id=ids["start"],
+        image_end_token_id=ids["end"],
+        image_token_id=ids["image"],
+        **tiles,
+    )
+
+
+def _token_ids(processor: SailVLProcessor | None, first: int) -> dict[str, int]:
+    """Ids of the tokens the model must know; ``first`` is the id of the first added token."""
+    if processor is None:
+        return {"pad": first, "eos": first + 2, "start": first + 26, "end": first + 27, "image": first + 28}
+    return {
+        "pad": processor.tokenizer.pad_token_id,
+        "eos": processor.tokenizer.eos_token_id,
+        "start": processor.image_start_token_id,
+        "end": processor.image_end_token_id,
+        "image": processor.image_token_id,
+    }
+
+
+def build(config: SailVLConfig, *, seed: int, attn_implementation: str = PACKED) -> SailVLForConditionalGeneration:
+    """A model with fresh weights, fp32 unless ``config.dtype`` says otherwise; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # The configuration is copied: building sets the attention on it, and callers may build twice.
+        return SailVLForConditionalGeneration._from_config(
+            SailVLConfig.from_dict(config.to_dict()), attn_implementation=attn_implementation
+        )
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, attn_implementation: str = PACKED
+) -> SailVLForConditionalGeneration:
+    """A model from a folder (released or ours) or a hub repository, on the CPU, in ``dtype`` or the stored one.
+
+    Raises CheckpointError if the folder is missing, or its weights are pickled, damaged or of another shape.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind))
+        found = (
+            f"only pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "no weights"
+        )
+        raise CheckpointError(f"{folder}: {found}; convert them to safetensors first")
+    if not folder.exists() and str(path).count("/") != 1:
+        raise CheckpointError(f"{folder}: no such model folder")
+    try:
+        model, info = SailVLForConditionalGeneration.from_pretrained(
+            path,
+            dtype=dtype if dtype is not None else "auto",
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the weights cannot be read ({error})") from error
+    # The library fills such tensors with random numbers and a warning; a model loaded here is whole or not at all.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in info[problem])
+        if names:
+            raise CheckpointError(f"{path}: {len(names)} {problem.replace('_keys', ' tensors')}, first {names[0]}")
+    return cast(SailVLForConditionalGeneration, model)
+
+
+def save(model: SailVLForConditionalGeneration, processor: SailVLProcessor | None, path: str | Path) -> None:
+    """Write a complete model folder in the released layout, replacing an earlier one only when all is on disk.
+
+    Raises CheckpointError if writing fails (a full disk); the earlier folder is then untouched.
+    """
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.saving-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        model.save_pretrained(fresh)
+        if processor is not None:
+            processor.save_pretrained(fresh)
+        for file in sorted(fresh.rglob("*")):
+            _flush(file)
+        _flush(fresh)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        kept = "the earlier folder is intact" if target.exists() else "nothing was left behind"
+        raise CheckpointError(f"{target}: saving failed ({error}); {kept}. Free some space and save again") from error
+    _replace(fresh, target)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(fresh: Path, target: Path) -> None:
+    """Rename ``fresh`` to ``target``; an earlier folder steps aside first, as folders cannot be renamed over."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def reset_projector(model: SailVLForConditionalGeneration, seed: int) -> None:
+    """Give the projector fresh weights in place: basic pre-training starts from a random one."""
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.text_config.initializer_range
+    with torch.no_grad():
+        for module in model.model.multi_modal_projector.children():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                fresh = torch.empty(module.weight.shape).normal_(0.0, std, generator=generator)
+                module.weight.copy_(fresh)
+                module.bias.zero_()
+
+
+def part_parameters(
+    model: SailVLForConditionalGeneration, part: Literal["vit", "projector", "lm"] | str
+) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of one of ``PARTS``; together the parts hold every parameter exactly once."""
+    prefixes = {
+        "vit": ("model.vision_tower.",),
+        "projector": ("model.multi_modal_projector.",),
+        "lm": ("model.language_model.", "lm_head."),
+    }
+    if part not in prefixes:
+        raise ValueError(f"unknown part '{part}'; parts: {', '.join(PARTS)}")
+    return [(name, value) for name, value in model.named_parameters() if name.startswith(prefixes[part])]
