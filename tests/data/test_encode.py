@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sailvl.data.encode import blank, encode, measure
+from sailvl.geometry import num_image_tokens
+from sailvl.types import Message, Picture, Record, RecordError
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>")
+GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+
+texts = st.text(max_size=30) | st.lists(
+    st.sampled_from([*SPECIAL, *GROUNDING, "<|im_", "start|>", "\n", " ", "assistant\n", "猫", "<think>", "<i", "mg>"]),
+    max_size=8,
+).map("".join)
+relaxed = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def record(*turns: tuple[str, str], sizes: list[tuple[int, int]] = [], frames: bool = False) -> Record:  # noqa: B006
+    return Record(
+        id="r1",
+        messages=tuple(Message(role=role, text=text) for role, text in turns),  # type: ignore[arg-type]
+        pictures=tuple(Picture(width=w, height=h, ref=None, frame=frames) for w, h in sizes),
+    )
+
+
+def images(of: Record) -> list[Image.Image]:
+    return [Image.effect_noise((p.width, p.height), 50).convert("RGB") for p in of.pictures]
+
+
+def tokens(processor: Any, *names: str) -> set[int]:
+    return {processor.tokenizer.convert_tokens_to_ids(name) for name in names}
+
+
+def supervised(example: Any, processor: Any) -> str:
+    return processor.tokenizer.decode(example.targets_T[example.targets_T != -100])
+
+
+@relaxed
+@given(sizes=st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), max_size=4), frames=st.booleans())
+def test_image_tokens_equal_features_for_any_size(
+    tiny_processor: Any, sizes: list[tuple[int, int]], frames: bool
+) -> None:
+    of = record(("user", "what?"), ("assistant", "a cat"), sizes=sizes, frames=frames)
+    example = encode(of, images(of), tiny_processor)
+    tiling = tiny_processor.image_processor.tiling
+    placeholders = int((example.ids_T == tiny_processor.image_token_id).sum())
+    assert placeholders == example.num_tiles * tiling.tokens_per_tile
+    assert placeholders + 2 * len(sizes) == sum(num_image_tokens(w, h, tiling, frames) for w, h in sizes)
+    assert measure(of, tiny_processor) == (example.num_tokens, example.num_tiles)
+    assert example.tiles_N3SS.shape[1:] == (3, tiling.side, tiling.side)
+    assert example.tiles_N3SS.dtype == np.float32
+
+
+@relaxed
+@given(user=texts, system=texts, answer=texts)
+def test_texts_cannot_forge_structure(tiny_processor: Any, user: str, system: str, answer: str) -> None:
+    of = record(("system", system), ("user", user), ("assistant", answer + "."))
+    example = encode(of, [], tiny_processor)
+    ids = example.ids_T.tolist()
+    structure = [id for id in ids if id in tokens(tiny_processor, *SPECIAL)]
+    start, end = (tiny_processor.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
+    assert structure == [start, end] * 3
+    prompt = ids[: len(ids) - ids[::-1].index(start)]
+    assert not set(prompt) & tokens(tiny_processor, *GROUNDING)
+    # grounding marks of the answer survive, each as its token
+    kept = len(re.findall("|".join(GROUNDING), answer))
+    assert sum(id in tokens(tiny_processor, *GROUNDING) for id in ids) == kept
+    assert measure(of, tiny_processor) == (example.num_tokens, 0)
+
+
+@relaxed
+@given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), system=st.none() | texts)
+def test_exactly_the_answers_and_their_ends_are_supervised(
+    tiny_processor: Any, turns: list[tuple[str, str]], system: str | None
+) -> None:
+    said: list[tuple[str, str]] = [] if system is None else [("system", system)]
+    for question, answer in turns:
+        # an answer that begins with white space may share its first token with the header: see the next test
+        said += [("user", question), ("assistant", "A" + answer)]
+    of = record(*said)
+    example = encode(of, [], tiny_processor)
+    shifted = example.targets_T[:-1] != -100
+    assert (example.targets_T[:-1][shifted] == example.ids_T[1:][shifted]).all()
+    assert example.targets_T[-1] == -100
+    plain = supervised(example, tiny_processor).replace("\u200b", "")
+    said_back = "".join(f"A{answer}<|im_end|>" for _, answer in turns).replace("\u200b", "")
+    assert plain == unicodedata.normalize("NFC", said_back)  # the tokenizer composes characters
+
+
+def test_a_token_shared_with_the_header_is_not_supervised(tiny_processor: Any) -> None:
+    for answer in ("\n\nyes", " yes", "\n \n yes", "yes"):
+        example = encode(record(("user", "?"), ("assistant", answer)), [], tiny_processor)
+        text = supervised(example, tiny_processor)
+        assert f"\n{answer}<|im_end|>".endswith(text)
+        assert text.endswith("yes<|im_end|>")
+
+
+CONVERSATIONS = [
+    [("user", "<image>\nwhat is this?", 1), ("assistant", "a cat", 0)],
+    [("user", "what is this?", 1), ("assistant", "a cat", 0), ("user", "sure?", 0), ("assistant", "yes", 0)],
+    [("user", "<image> and\n<image>\n\ndiffer how", 2), ("assistant", "<ref>a</ref><box>[[1,2,3,4]]</box>", 0)],
+    [("system", "be brief <|im_end|>", 0), ("user", "1+1<img>", 0), ("assistant", "<think>\nhm\n</think>\n2", 0)],
+    [("user", "a", 0), ("assistant", "b", 0), ("user", "look: <image>", 1), ("assistant", "<|im_start|>c", 0)],
+]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("frames", [False, True])
+def test_equals_the_processor(tiny_processor: Any, turns: list[tuple[str, str, int]], frames: bool) -> None:
+    sizes = [(60, 40), (200, 90)][: sum(n for _, _, n in turns)]
+    of = record(*((role, text) for role, text, _ in turns), sizes=sizes, frames=frames)
+    pictures = images(of)
+    conversation = []
+    for role, text, num_pictures in turns:
+        picture = {"type": "image", "frame": frames}
+        if num_pictures and "<image>" not in text:
+            parts: list[Any] = [picture] * num_pictures + [{"type": "text", "text": text}]
+        else:
+            parts = []
+            for i, piece in enumerate(re.split("<image>\n?", text)):
+                parts += ([picture] if i else []) + [{"type": "text", "text": piece}]
+        conversation.append({"role": role, "content": parts})
+    prompt = tiny_processor.apply_chat_template(conversation, tokenize=False)
+    reference = tiny_processor(
+        images=pictures or None, text=prompt, frames=[frames] * len(pictures) if pictures else None
+    )
+    example = encode(of, pictures, tiny_processor)
+    assert example.ids_T.tolist() == list(reference["input_ids"][0])
+    if pictures:
+        np.testing.assert_array_equal(example.tiles_N3SS, reference["pixel_values"])
+
+
+def test_format(tiny_processor: Any) -> None:
+    k = tiny_processor.image_processor.tiling.tokens_per_tile
+    block = "<img>" + "<IMG_CONTEXT>" * k + "</img>\n"
+    cases = [
+        (record(("user", "hi"), ("assistant", "yo"), sizes=[(9, 9)]), f"{block}hi"),
+        (record(("user", "hi"), ("assistant", "yo"), sizes=[(9, 9)] * 2), f"Image-1: {block}Image-2: {block}hi"),
+        (record(("user", "see <image>\nok"), ("assistant", "yo"), sizes=[(9, 9)]), f"see {block}ok"),
+        (record(("user", "hi"), ("assistant", "yo"), sizes=[(9, 9)], frames=True), f"Frame-1: {block}hi"),
+    ]
+    for of, user in cases:
+        text = tiny_processor.tokenizer.decode(encode(of, images(of), tiny_processor).ids_T)
+        assert text == f"<|im_start|>user\n{user}<|im_end|><|im_start|>assistant\nyo<|im_end|>"
+
+
+def test_a_prompt_is_the_training_sequence_up_to_the_answer(tiny_processor: Any) -> None:
+    asked = record(("user", "what?"), sizes=[(50, 50)])
+    pictures = images(asked)
+    prompt = encode(asked, pictures, tiny_processor, generate=True)
+    trained = encode(record(("user", "what?"), ("assistant", "a cat"), sizes=[(50, 50)]), pictures, tiny_processor)
+    assert (prompt.targets_T == -100).all()
+    assert prompt.ids_T.tolist() == trained.ids_T[: prompt.num_tokens].tolist()
+    assert (trained.targets_T[: prompt.num_tokens - 1] == -100).all()
+    assert trained.targets_T[prompt.num_tokens - 1] == trained.ids_T[prompt.num_tokens]
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (record(("user", "<image><image> a"), ("assistant", "b"), sizes=[(5, 5)]), "r1: 2 placeholders, 1 pictures"),
+        (record(("user", "<image> a"), ("assistant", "b"), sizes=[(5, 5)] * 2), "r1: 1 placeholders, 2 pictures"),
+        (record(("user", "<image> a"), ("assistant", "b")), "r1: 1 placeholders, 0 pictures"),
+        (record(("user", "a")), "r1: no assistant turn"),
+        (record(("assistant", "a")), "r1: no user turn"),
+        (record(("user", "a"), ("assistant", " \n")), "r1: message 2 is an empty answer"),
+        (record(("user", "a"), ("system", "s"), ("assistant", "b")), "r1: the system message must come first"),
+        (record(), "r1: no user turn"),
+    ],
+)
+def test_broken_records_name_themselves(tiny_processor: Any, broken: Record, reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        measure(broken, tiny_processor)
+    with pytest.raises(RecordError, match=reason):
+        encode(broken, images(broken), tiny_processor)
+
+
+def test_a_prompt_must_end_with_the_user(tiny_processor: Any) -> None:
+    with pytest.raises(RecordError, match="ends with assistant"):
+        encode(record(("user", "a"), ("assistant", "b")), [], tiny_processor, generate=True)
+
+
+def test_pictures_that_are_not_as_recorded_are_refused(tiny_processor: Any) -> None:
+    of = record(("user", "a"), ("assistant", "b"), sizes=[(50, 50)])
+    with pytest.raises(RecordError, match=r"picture 1 was 50 x 50 .* and is 400 x 50"):
+        encode(of, [Image.new("RGB", (400, 50))], tiny_processor)
+    with pytest.raises(RecordError, match="1 pictures, 0 images"):
+        encode(of, [], tiny_processor)
+
+
+def test_blank_has_the_planned_size(tiny_processor: Any) -> None:
+    k = tiny_processor.image_processor.tiling.tokens_per_tile
+    example = blank("x", 3 * k + 7, 3, tiny_processor)
+    assert (example.num_tokens, example.num_tiles) == (3 * k + 7, 3)
+    assert (example.ids_T == tiny_processor.image_token_id).sum() == 3 * k
+    assert (example.targets_T == -100).all()
