@@ -1,0 +1,1 @@
+"""Data curation: records in, records out."""
