@@ -1,0 +1,1 @@
+"""Answer prompts: records and pictures in, completions out, in the same order."""

@@ -1,0 +1,253 @@
+"""Ask every question once, judge each answer, and keep everything a reader needs to check the figures.
+
+``out/answers.jsonl`` has one line per answer, in the order they came, written and synced after every chunk: a killed
+evaluation goes on where it stopped and asks nothing twice. A line torn by the kill is cut off and asked again.
+``out/scores.json`` appears at the end, in one piece. ``out/pictures/`` keeps a few pictures per family, small, some
+with right answers and some with wrong ones, so that the report can show them without the data.
+
+A question that cannot be asked (its picture is broken, its record does not fit) scores 0 and is listed: leaving it out
+would change what the others are compared with.
+
+Difference from the report: it evaluates with an outside toolkit that rewrites its whole file after each answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from rich.progress import Progress
+
+from sailvl.eval.metrics import Headline, Judged, Score, by_family, headline, summarise
+from sailvl.eval.pictures import keep, picture_name
+from sailvl.media import MediaError
+from sailvl.types import IMAGE_PLACEHOLDER, Completion, Question, Record, RecordError
+from sailvl.verify import score
+
+
+class Engine(Protocol):
+    """Whatever answers prompts: completions in the order of the records."""
+
+    def answer(
+        self, records: Sequence[Record], images: Sequence[Sequence[Image.Image]], *, max_new_tokens: int
+    ) -> list[Completion]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A question that could not be asked, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What an evaluation found. ``seconds`` is the time spent answering, over all its runs."""
+
+    headline: Headline
+    overall: Score
+    families: dict[str, Score]
+    langs: dict[str, Score]
+    failures: tuple[Failure, ...]
+    seconds: float
+
+
+def evaluate(
+    engine: Engine,
+    questions: Sequence[Question],
+    images: Callable[[Record], Sequence[Image.Image]],
+    out: Path,
+    *,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+    chunk: int = 128,
+    keep_pictures: int = 8,
+) -> Scores:
+    """Answer, judge and record all questions in the folder ``out``; goes on with what is there already.
+
+    ``chunk`` questions are answered together: what a kill loses at most. ``keep_pictures`` is per family. Raises
+    ValueError for duplicate ids, truths that their own verifier refuses, and answers of another benchmark in ``out``.
+    """
+    check(questions)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "answers.jsonl"
+    rows = {row["id"]: row for row in _resume(path)}
+    _same_benchmark(questions, rows, path)
+    pending = [question for question in questions if question.record.id not in rows]
+    task = (
+        progress.add_task("evaluate", total=len(questions), completed=len(questions) - len(pending))
+        if progress
+        else None
+    )
+    kept = Counter((row["family"], row["score"] >= 1) for row in rows.values() if row["picture"])
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        for start in range(0, len(pending), chunk):
+            part = pending[start : start + chunk]
+            for row, pictures in _ask(engine, part, images, max_new_tokens):
+                verdict = (row["family"], row["score"] >= 1)
+                if pictures and kept[verdict] < keep_pictures / 2:
+                    keep(pictures, out / "pictures" / picture_name(row["id"]))
+                    row["picture"] = True
+                    kept[verdict] += 1
+                rows[row["id"]] = row
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            if progress and task is not None:
+                progress.advance(task, len(part))
+    scores = tally([rows[question.record.id] for question in questions])
+    write_atomic(out / "scores.json", json.dumps(asdict(scores), ensure_ascii=False, indent=1) + "\n")
+    return scores
+
+
+def check(questions: Sequence[Question]) -> None:
+    """Raises ValueError naming the first question whose id is taken or whose truth would not score 1 against itself."""
+    seen: set[str] = set()
+    for question in questions:
+        name = question.record.id
+        if name in seen:
+            raise ValueError(f"question {name}: two questions have this id; answers are kept by id")
+        seen.add(name)
+        try:
+            own = score(question, question.truth)
+        except ValueError as error:
+            raise ValueError(f"question {name} ({question.verifier}): {error}") from error
+        if own != 1:
+            raise ValueError(f"question {name}: {question.verifier} gives its truth {question.truth!r} the score {own}")
+
+
+def tally(rows: Iterable[dict[str, Any]]) -> Scores:
+    """Scores of the rows of an answers file."""
+    rows = list(rows)
+    judged = [judgement(row) for row in rows]
+    langs: dict[str, list[Judged]] = {}
+    for row in judged:
+        langs.setdefault(row.lang, []).append(row)
+    return Scores(
+        headline=headline(judged),
+        overall=summarise(judged),
+        families={family: summarise(group) for family, group in by_family(judged).items()},
+        langs={lang: summarise(group) for lang, group in sorted(langs.items())},
+        failures=tuple(Failure(id=row["id"], reason=row["error"]) for row in rows if row["error"]),
+        seconds=sum(row["seconds"] for row in rows),
+    )
+
+
+def judgement(row: dict[str, Any]) -> Judged:
+    """The part of an answer's row that figures are made of."""
+    return Judged(family=row["family"], lang=row["lang"], score=row["score"], chance=row["chance"])
+
+
+def _ask(
+    engine: Engine,
+    questions: Sequence[Question],
+    images: Callable[[Record], Sequence[Image.Image]],
+    max_new_tokens: int,
+) -> list[tuple[dict[str, Any], Sequence[Image.Image]]]:
+    """Rows and pictures of a chunk; ``seconds`` of a row is its even share of the chunk's time."""
+    began = time.perf_counter()
+    pictures: dict[str, Sequence[Image.Image]] = {}
+    faults: dict[str, str] = {}
+    for question in questions:
+        try:
+            pictures[question.record.id] = images(question.record)
+        except (MediaError, RecordError) as error:
+            faults[question.record.id] = str(error)
+    askable = [question for question in questions if question.record.id in pictures]
+    replies = _answer(engine, askable, pictures, max_new_tokens, faults)
+    seconds = (time.perf_counter() - began) / len(questions)
+    rows = []
+    for question in questions:
+        name = question.record.id
+        row = _row(question, replies.get(name), faults.get(name, ""), seconds)
+        rows.append((row, pictures.get(name, ())))
+    return rows
+
+
+def _answer(
+    engine: Engine,
+    questions: Sequence[Question],
+    pictures: dict[str, Sequence[Image.Image]],
+    max_new_tokens: int,
+    faults: dict[str, str],
+) -> dict[str, Completion]:
+    """Completions by id. A refused batch is halved until the culprit stands alone; its reason goes to ``faults``."""
+    if not questions:
+        return {}
+    records = [question.record for question in questions]
+    try:
+        replies = engine.answer(records, [pictures[record.id] for record in records], max_new_tokens=max_new_tokens)
+    except RecordError as error:
+        if len(questions) == 1:
+            faults[records[0].id] = str(error)
+            return {}
+        half = len(questions) // 2
+        parts = (
+            _answer(engine, part, pictures, max_new_tokens, faults) for part in (questions[:half], questions[half:])
+        )
+        return {name: reply for replies in parts for name, reply in replies.items()}
+    return {record.id: reply for record, reply in zip(records, replies, strict=True)}
+
+
+def _row(question: Question, reply: Completion | None, error: str, seconds: float) -> dict[str, Any]:
+    asked = [message.text for message in question.record.messages if message.role == "user"]
+    return {
+        "id": question.record.id,
+        "family": question.family,
+        "lang": question.lang,
+        "question": asked[-1].replace(IMAGE_PLACEHOLDER, "").strip() if asked else "",
+        "answer": reply.text if reply else "",
+        "truth": question.truth,
+        "score": score(question, reply.text) if reply else 0.0,
+        "chance": question.chance,
+        "verifier": question.verifier,
+        "tokens": len(reply.ids) if reply else 0,
+        "finish": reply.finish_reason if reply else "error",
+        "seconds": round(seconds, 4),
+        "picture": False,
+        "error": error,
+    }
+
+
+def _resume(path: Path) -> list[dict[str, Any]]:
+    """The rows of an answers file, after cutting off a last line that was never finished."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}); delete the file to ask again") from error
+    return rows
+
+
+def _same_benchmark(questions: Sequence[Question], rows: dict[str, dict[str, Any]], path: Path) -> None:
+    for question in questions:
+        row = rows.get(question.record.id)
+        now = _row(question, None, "", 0.0)
+        if row and any(row[key] != now[key] for key in ("question", "truth", "chance", "verifier")):
+            raise ValueError(f"{path}: {now['id']} was asked in another form; delete the folder to evaluate anew")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
