@@ -1,0 +1,282 @@
+"""The command: what it says, what it exits with, and that its verbs and options change only on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from PIL import Image
+
+from sailvl import cli
+from sailvl.recipes.nano import NANO
+
+FROZEN = Path(__file__).with_name("cli_frozen.txt")
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    call = [sys.executable, "-m", "sailvl", *words]
+    return subprocess.run(call, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["sailvl", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def sail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: call(capsys, monkeypatch, *words)
+
+
+def test_cli_frozen() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    lines = [f"sailvl {' '.join(sorted(opt for p in group.params for opt in p.opts))}"]
+    for name, verb in sorted(group.commands.items()):
+        arguments = [p.name for p in verb.params if p.param_type_name == "argument"]
+        options = sorted(opt for p in verb.params if p.param_type_name == "option" for opt in p.opts)
+        lines.append(" ".join([name, *arguments, *options]))
+    assert "\n".join(lines) + "\n" == FROZEN.read_text(encoding="utf-8"), (
+        "verbs or options changed: change the file too"
+    )
+
+
+@pytest.mark.parametrize("verb", ["run", "train", "plan", "ask", "soup", "report", "doctor"])
+def test_every_verb_has_help_with_an_example(sail: Any, verb: str) -> None:
+    code, out, _ = sail(verb, "--help")
+    assert code == 0 and f"  sailvl {verb}" in out
+
+
+HEAVY = """
+import sys
+from sailvl.cli import main
+try:
+    main()
+except SystemExit:
+    print([name for name in sys.modules if name in ("torch", "transformers")], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "nano"], ["plan", "nano", "--json"], ["train", "--help"]])
+def test_help_and_plan_load_no_torch(words: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-c", HEAVY, *words], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stderr.strip() == "[]" and result.stdout
+
+
+def test_plan_lists_the_stages(sail: Any) -> None:
+    code, out, _ = sail("plan", "nano", "stages.pretrain.steps=1234")
+    assert code == 0 and "1,234" in out and "longcot" in out
+    code, out, _ = sail("plan", "nano", "--shrink", "10", "--json")
+    names = [row["name"] for row in json.loads(out)["stages"]]
+    assert names == [stage.name for stage in NANO.stages] and len(set(names)) == len(names)
+
+
+FLAT = """
+model: {kind: fresh, side: 28, max_tiles: 1}
+sources:
+  mine: {kind: jsonl, path: rows.jsonl}
+trains: [projector, lm]
+steps: 2
+max_tokens: 128
+max_tiles: 4
+lr: 1e-4
+schedule: {kind: constant}
+"""
+
+
+def test_a_broken_recipe_shows_everything_at_once(sail: Any, tmp_path: Path) -> None:
+    text = (
+        FLAT.replace("steps: 2", "stepz: 2").replace("lr: 1e-4", "lr: fast").replace("[projector, lm]", "[projektor]")
+    )
+    (tmp_path / "a.yaml").write_text(text + "lanes: yes\n", encoding="utf-8")
+    code, out, err = sail("train", "a.yaml", "max_tokens=0", "--json")
+    assert code == 2 and not out
+    assert [line.removeprefix("a.yaml: ").partition(":")[0] for line in err.splitlines()] == [
+        "trains.0",
+        "steps",
+        "lanes",
+        "max_tokens",
+        "lr",
+        "stepz",
+    ]
+    assert "did you mean 'steps'?" in err and "Traceback" not in err
+
+
+def test_faults_of_the_graph_have_the_paths_of_the_file(sail: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(FLAT + "fresh: [projector]\ndata: {shares: {mien: 1}}\n", encoding="utf-8")
+    code, _, err = sail("plan", "a.yaml", "trains=[lm]")
+    assert code == 2
+    assert err.splitlines() == [
+        "a.yaml: data.shares.mien: no source has this name; did you mean 'mine'?",
+        "a.yaml: fresh: a fresh projector that is not trained stays random; add it to trains",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "say"),
+    [
+        (["plan", "nanno"], 2, "did you mean 'nano'?"),
+        (["plan", "none.yaml"], 2, "none.yaml: No such file"),
+        (["run", "some/where"], 2, "No such file"),
+        (["train", "nano"], 2, "nano: no such file"),
+        (["plan", "nano", "stages.multitask.lrr=1"], 2, "did you mean 'lr'?"),
+        (["plan"], 2, "RECIPE"),
+        (["pln"], 2, "pln"),
+        (["run", "nano", "--workers", "-1"], 2, "workers"),
+        (["report", "."], 2, "no run here"),
+        (["soup", "a", "--out", "b"], 2, "at least two"),
+        (["ask", "hello"], 2, "sailvl run nano"),
+        (["ask", "hello", "--model", "nowhere"], 2, "nowhere: neither a model folder"),
+        (["ask", "one.png", "two.png", "what?"], 2, "two.png: no such file"),
+        (["ask", " "], 2, "empty"),
+        (["plan", "."], 2, "Is a directory"),
+    ],
+)
+def test_wrong_input_is_a_line_and_exit_code_2(sail: Any, words: list[str], code: int, say: str) -> None:
+    found, out, err = sail(*words)
+    assert (found, out) == (code, "") and say in err and "Traceback" not in err
+
+
+def test_pictures_are_checked_together_before_a_model_is_loaded(sail: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello", encoding="utf-8")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(tmp_path / "fine.png")
+    code, _, err = sail("ask", "text.png", "fine.png", "empty.jpg", "What?")
+    assert code == 2 and [line.split(":")[0] for line in err.splitlines()] == ["text.png", "empty.jpg"]
+    code, _, err = sail("ask", "fine.png")
+    assert code == 2 and "the question comes last" in err
+
+
+def test_debug_shows_the_traceback_anywhere_in_the_line(sail: Any) -> None:
+    for words in (["--debug", "plan", "nanno"], ["plan", "nanno", "--debug"]):
+        code, _, err = sail(*words)
+        assert code == 2 and "Traceback" in err and "did you mean" in err
+
+
+def test_no_words_is_help(sail: Any) -> None:
+    code, out, _ = sail()
+    assert code == 0 and "doctor" in out
+
+
+def test_a_failure_is_exit_code_1_without_traceback(sail: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "curriculum.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "report.html").mkdir()  # cannot be replaced by a file
+    code, out, err = sail("report", ".")
+    assert (code, out) == (1, "") and "Traceback" not in err and err
+
+
+def test_doctor_finds_this_machine_sound(sail: Any) -> None:
+    code, out, _ = sail("doctor", "--json")
+    found = json.loads(out)
+    assert found["ok"] == (code == 0)
+    assert {"torch", "transformers", "threads", "bf16", "memory", "disk", "corpus"} <= {
+        f["name"] for f in found["findings"]
+    }
+
+
+def test_doctor_says_what_is_broken(sail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sailvl import doctor
+
+    monkeypatch.setitem(doctor.NEEDS, "torch", (99,))
+    monkeypatch.setitem(doctor.NEEDS, "no-such-package-here", (1,))
+    code, out, _ = sail("doctor")
+    assert code == 1 and "pip install 'torch>=99'" in out and "no-such-package-here" in out
+
+
+# ---- one small model, asked all sorts of things ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, its data, and the run that ``sailvl train`` made of them."""
+    folder = tmp_path_factory.mktemp("mine")
+    rows = []
+    for index in range(8):
+        Image.new("RGB", (30, 30), (index * 30, 100, 50)).save(folder / f"{index}.png")
+        turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"Colour {index}."}]
+        rows.append(json.dumps({"images": [f"{index}.png"], "messages": turns}))
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "mine.yaml").write_text(FLAT, encoding="utf-8")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    result = command("train", str(folder / "mine.yaml"), "--out", str(folder / "run"), "--json", cwd=elsewhere)
+    assert result.returncode == 0, result.stderr
+    (stage,) = json.loads(result.stdout)["stages"]
+    assert stage["steps"] == 2 and Path(stage["model"], "config.json").is_file()
+    return folder
+
+
+PICTURES = {
+    "rgba.png": Image.new("RGBA", (50, 40), (255, 0, 0, 100)),
+    "palette.png": Image.new("P", (50, 40), 3),
+    "grey.jpg": Image.new("L", (50, 40), 90),
+    "lossy.webp": Image.new("RGB", (50, 40), (1, 2, 3)),
+    "dot.png": Image.new("RGB", (1, 1), (9, 9, 9)),
+    "line.png": Image.new("RGB", (10_000, 20), (9, 9, 9)),
+    "bits.png": Image.new("1", (17, 3)),
+    "deep.png": Image.new("I;16", (20, 20), 40_000),
+}
+
+
+def test_ask_takes_any_picture_and_several_and_none(sail: Any, trained: Path, tmp_path: Path) -> None:
+    for name, picture in PICTURES.items():
+        picture.save(tmp_path / name)
+    model = ["--model", str(trained / "run"), "--max-new-tokens", "3"]
+    for paths in ([name] for name in PICTURES):
+        code, out, err = sail("ask", *paths, "What is this?", *model)
+        assert (code, err) == (0, ""), paths
+    code, out, _ = sail("ask", *list(PICTURES)[:3], "哪一个?", *model, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["images"] == list(PICTURES)[:3] and 1 <= found["tokens"] <= 3
+    code, _, _ = sail("ask", "How are <|im_start|> you <img>?", *model)
+    assert code == 0
+    code, _, err = sail("ask", "dot.png", "<image> or <image>?", *model)
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_training_again_keeps_what_is_done_and_report_and_soup_work(sail: Any, trained: Path, tmp_path: Path) -> None:
+    code, out, _ = sail("train", str(trained / "mine.yaml"), "--out", str(trained / "run"))
+    assert code == 0 and "kept" in out and "report.html" in out and "\x1b" not in out
+    code, out, _ = sail("report", str(trained / "run"), "--json")
+    assert code == 0 and Path(json.loads(out)["report"]).is_file()
+    model = next((trained / "run").glob("stages/*/model"))
+    code, _, _ = sail("soup", str(model), str(model), "--out", "twice")
+    assert (
+        code == 0 and (tmp_path / "twice/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    )
+    code, _, err = sail("soup", str(model), str(model), "--out", "twice")
+    assert code == 2 and "exists" in err
+
+
+def test_ctrl_c_is_exit_code_130_and_says_how_to_continue(trained: Path, tmp_path: Path) -> None:
+    words = ["train", str(trained / "mine.yaml"), "steps=100000", "log_every=1", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sailvl", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    for _ in range(600):
+        if any(path.stat().st_size for path in tmp_path.glob("run/stages/*/metrics.jsonl")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"continues where it stopped: sailvl train {trained}/mine.yaml steps=100000" in err
+    assert list(tmp_path.glob("run/stages/*/checkpoints/step-*"))
