@@ -143,11 +143,15 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a model answered: text (grounding marks kept, end token not), generated token ids, and why it stopped."""
+    """What a model answered: text (grounding marks kept, end token not), generated token ids, and why it stopped.
+
+    ``logprobs`` are those of ``ids`` in nats, when asked for; an engine that only sees text has neither.
+    """
 
     text: str
     ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "cancelled"]
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
