@@ -1,4 +1,4 @@
-"""Bytes to pictures, safely: the one place that decodes anything.
+"""Bytes to pictures, safely: the one place that decodes them (``sailvl.video`` decodes clips).
 
 Pictures come from strangers, so the header is read and judged before a pixel is decoded, only plain raster formats are
 opened (never one that runs a program, as EPS does), and everything that goes wrong is a ``MediaError`` that names the
@@ -54,23 +54,32 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _open_bytes(source: Path | str | bytes, name: str) -> BinaryIO:
+def check_file(source: Path | str | bytes, name: str) -> int:
+    """Its size in bytes. Raises MediaError if it is missing, empty, or not a regular file."""
     if isinstance(source, bytes):
-        if not source:
-            raise MediaError(f"{name}: empty, 0 bytes")
-        return io.BytesIO(source)
-    path = Path(source)
+        num_bytes = len(source)
+    else:
+        path = Path(source)
+        try:
+            if not path.exists():
+                raise MediaError(f"{name}: no such file")
+            if not path.is_file():  # a pipe or a device would block or never end
+                raise MediaError(f"{name}: not a regular file")
+            num_bytes = os.path.getsize(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            if isinstance(error, MediaError):
+                raise
+            raise MediaError(f"{name}: {error}") from error
+    if num_bytes == 0:
+        raise MediaError(f"{name}: empty, 0 bytes")
+    return num_bytes
+
+
+def _open_bytes(source: Path | str | bytes, name: str) -> BinaryIO:
+    check_file(source, name)
     try:
-        if not path.exists():
-            raise MediaError(f"{name}: no such file")
-        if not path.is_file():  # a pipe or a device would block or never end
-            raise MediaError(f"{name}: not a regular file")
-        if os.path.getsize(path) == 0:
-            raise MediaError(f"{name}: empty, 0 bytes")
-        return path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        if isinstance(error, MediaError):
-            raise
+        return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    except OSError as error:
         raise MediaError(f"{name}: {error}") from error
 
 
@@ -133,6 +142,12 @@ def open_image(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS, name
         upright = image.copy() if turn is None else image.transpose(turn)
         upright.info.pop("exif", None)  # applied: a second reader must not turn the picture again
         return upright
+
+
+def is_animated(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS, name: str = "") -> bool:
+    """Whether a picture file (GIF, WebP, PNG) holds several frames. Raises MediaError."""
+    with _header(source, max_pixels, name) as (image, _):
+        return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,9 @@ Both are built once per test run: a test that changes one must copy it (``copy.d
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,6 +35,17 @@ SPLIT = (
 )
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def clips() -> ModuleType:
+    """``tests/clips.py``, which makes tiny clips; what needs it is skipped without PyAV."""
+    pytest.importorskip("av")
+    spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("clips.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
