@@ -23,10 +23,12 @@ __version__ = "0.1.0"
 _MODEL_NAMES = (
     "SailViT",
     "SailViTConfig",
+    "SailViTImageProcessor",
     "SailVLConfig",
     "SailVLForConditionalGeneration",
     "SailVLImageProcessor",
     "SailVLModel",
+    "SailVLMoeForConditionalGeneration",
     "SailVLProcessor",
 )
 # Every Auto class imports this one.

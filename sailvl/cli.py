@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.progress import Progress
 
     from sailvl.curriculum import Curriculum
+    from sailvl.engine.base import Engine, Request
     from sailvl.run import StageReport
+    from sailvl.types import Completion
 
 app = typer.Typer(
     add_completion=False,
@@ -119,6 +122,11 @@ def train(
                                          {"role": "assistant", "content": "A cat."}]}
 
     \b
+    To train small adapters (LoRA) of these parts instead of their weights, add a line; the stage then leaves the
+    folder adapter/ beside model/, which has them merged in:
+    lora: {rank: 16, alpha: 32}
+
+    \b
     sailvl train captions.yaml
     sailvl train captions.yaml lr=5e-5 steps=400 --out runs/slow
     """
@@ -170,55 +178,90 @@ def plan(
 
 @app.command()
 def ask(
-    words: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Pictures, then the question.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="[FILE]... QUESTION", help="Pictures and videos, then the question.")
+    ],
     model: Annotated[
         Path | None, typer.Option(help="Model folder, or a run's folder; default the newest model of runs/nano.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="LoRA folder to use; --model defaults to what it was trained on.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    num_frames: Annotated[int, typer.Option(min=1, max=1024, help="Frames taken of each video.")] = 16,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Most tiles of a picture, its thumbnail aside; default the model's."),
+    ] = None,
+    msac: Annotated[bool, typer.Option("--msac", help="Cut a single picture by a second grid too.")] = False,
+    upscale: Annotated[float, typer.Option(min=1, max=4, help="Enlarge the first picture by this before cutting.")] = 1,
+    boxes: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw the answer's boxes on the first picture, and save it.")
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option(metavar="int8", help="int8: half the weights' memory, faster answers on a CPU.")
+    ] = None,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Ask a model a question about pictures, or about none.
+    """Ask a model a question about pictures and videos, or about none. A terminal shows the answer as it comes.
 
     \b
     sailvl ask photo.jpg "What is this?"
     sailvl ask a.png b.png "Which shows more things?"
+    sailvl ask clip.mp4 "What happens?" --num-frames 8
+    sailvl ask photo.jpg "Where is the cat?" --boxes found.png
+    sailvl ask scan.png "What is the total?" --max-tiles 24
     sailvl ask "一加一等于几?" --model runs/nano
+    sailvl ask photo.jpg "What is this?" --adapter runs/mine/stages/01-mine-0a1b2c3d/adapter
     """
     import time
 
-    from sailvl.media import MediaError, open_image, to_rgb
+    from sailvl.geometry import ImagePolicy
+    from sailvl.media import MediaError
     from sailvl.types import Message, Picture, Record
 
+    if quant not in (None, "int8"):
+        raise InputError(f"--quant is '{quant}'; it can be int8")
     *paths, question = words
     if not question.strip():
         raise InputError("the question is empty")
     if Path(question).is_file():
         raise InputError(f'{question} is a file: the question comes last, as in sailvl ask {question} "What is this?"')
-    images, faults = [], []
+    pictures, images, faults = [], [], []
     for path in paths:
         try:
-            images.append(to_rgb(open_image(Path(path), name=path)))
-        except (MediaError, OSError) as error:
+            shown = _decoded(path, num_frames)
+        except (MediaError, OSError, ImportError) as error:
             faults.append(str(error) if path in str(error) else f"{path}: {error}")
+            continue
+        images += [image for image, _ in shown]
+        pictures += [Picture(width=i.width, height=i.height, ref=path, frame=frame) for i, frame in shown]
+    if boxes is not None:
+        faults += _box_faults(boxes, paths)
     if faults:
         raise InputError("\n".join(faults))
-    folder = _find_model(model)
-    pictures = tuple(Picture(width=i.width, height=i.height, ref=path) for i, path in zip(images, paths, strict=True))
-    record = Record(id="question", messages=(Message(role="user", text=question),), pictures=pictures)
+    folder = _find_model(model) if adapter is None or model is not None else _base(adapter)
+    record = Record(id="question", messages=(Message(role="user", text=question),), pictures=tuple(pictures))
     _settle_libraries(threads)
+    from sailvl.engine.base import Request, Sampling
     from sailvl.engine.local import Local
     from sailvl.run import load_model
 
-    engine = Local(*load_model(folder), max_batch=1)
+    engine = Local(*load_model(folder, int8=quant == "int8", adapter=adapter), capacity=1)
+    policy = ImagePolicy(max_tiles=max_tiles, msac=msac, upscale=upscale)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    request = Request(id="question", record=record, images=images, sampling=sampling, policy=policy)
     started = time.perf_counter()
-    (reply,) = engine.answer([record], [images], max_new_tokens=max_new_tokens)
-    if not json:
-        typer.echo(reply.text)
-        return
+    reply = _answer(engine, request, aloud=not json and sys.stdout.isatty())
     seconds = round(time.perf_counter() - started, 3)
+    if not json:
+        typer.echo("" if sys.stdout.isatty() else reply.text)  # a terminal has read it already
     found = {"answer": reply.text, "finish_reason": reply.finish_reason, "tokens": len(reply.ids)}
-    _print_json({"model": str(folder), "question": question, "images": paths, **found, "seconds": seconds})
+    if boxes is not None:
+        found["boxes"] = _draw(reply.text, images[0], boxes, quiet=json)
+    if json:
+        _print_json({"model": str(folder), "question": question, "images": paths, **found, "seconds": seconds})
 
 
 @app.command()
@@ -247,6 +290,183 @@ def soup(
     except SoupError as error:
         raise InputError(str(error)) from error
     _print_json({"model": str(out), "of": [str(path) for path in models]}) if json else typer.echo(str(out))
+
+
+@app.command()
+def experts(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a run's folder; one with experts.")],
+    text: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Records of text alone.")],
+    multimodal: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Records with pictures.")],
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Even out the load and save the model here; must not exist yet.")
+    ] = None,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Say how evenly a sparse model uses its experts on text and on pictures; optionally even it out.
+
+    Entropy is 1 where all experts of a layer are used alike, 0 where one does everything. Calibration adds a bias to
+    the choice of experts that raises the entropy on pictures and keeps the load on text close to what it was.
+
+    \b
+    sailvl experts runs/moe --text text.jsonl --multimodal pictures.jsonl
+    sailvl experts runs/moe --text text.jsonl --multimodal pictures.jsonl --calibrate runs/even
+
+    \b
+    Files are as for sailvl train: one conversation a line, with "messages" and, for pictures, "images".
+    """
+    from dataclasses import asdict
+
+    from sailvl.data.source import JsonlSource
+
+    if calibrate is not None and calibrate.exists():
+        raise InputError(f"{calibrate} exists; choose a new folder")
+    sources, folder = [JsonlSource(text), JsonlSource(multimodal)], _find_model(model)
+    _settle_libraries(threads)
+    from sailvl.eval.experts import inputs
+    from sailvl.model import balance, checkpoint, moe
+    from sailvl.run import load_model
+
+    loaded, processor = load_model(folder)
+    if not moe.sparse_layers(loaded):
+        raise InputError(f"{folder}: this model has no experts")
+    sets = [inputs(loaded, processor, source, pictures=bool(i)) for i, source in enumerate(sources)]
+    found: dict[str, Any] = {"model": str(folder)}
+    if calibrate is None:
+        rows = balance.entropy_report(loaded, *sets)
+    else:
+        outcome = balance.calibrate(loaded, *sets)
+        checkpoint.save(loaded, processor, calibrate)
+        rows, found["calibrated"] = outcome.after, str(calibrate)
+        found |= {"before": [asdict(row) for row in outcome.before], "text_kl": outcome.text_kl}
+    if json:
+        _print_json(found | {"layers": [asdict(row) for row in rows]})
+        return
+    typer.echo("layer  text   pictures   experts never chosen (text, pictures)")
+    for row in rows:
+        unused = f"{row.text_unused}, {row.multimodal_unused}"
+        typer.echo(f"{row.layer:>5}  {row.text:.3f}  {row.multimodal:.3f}      {unused}")
+    mean = [sum(getattr(row, key) for row in rows) / len(rows) for key in ("text", "multimodal")]
+    typer.echo(f" mean  {mean[0]:.3f}  {mean[1]:.3f}")
+    if calibrate is not None:
+        before = sum(row.multimodal for row in outcome.before) / len(rows)
+        typer.echo(f"pictures had {before:.3f}; the load on text moved by at most {max(outcome.text_kl):.4f} nats")
+        typer.echo(str(calibrate))
+
+
+@app.command()
+def convert(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="Model folder, or a run's folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a model folder here; must not exist yet.")] = None,
+    vit: Annotated[Path | None, typer.Option(help="Write the vision encoder alone to this folder.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Write the language model to this GGUF file.")] = None,
+    vision: Annotated[Path | None, typer.Option(help="New model: folder of an AIMv2 or SAIL-ViT encoder.")] = None,
+    lm: Annotated[Path | None, typer.Option(help="New model: folder of a Qwen3 language model.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA folder to merge into MODEL.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default as stored.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 500MB.")] = "5GB",
+    gguf_type: Annotated[str | None, typer.Option(help="bf16, f16 or q8_0; default bf16.")] = None,
+    side: Annotated[int | None, typer.Option(min=28, help="New model: tile side in pixels; default 448.")] = None,
+    anyres: Annotated[bool, typer.Option("--anyres", help="New model: see pictures at any resolution.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="New model: seed of the projector; default 0.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="For the model card; default the source's.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a model folder out of others, proved by reading it back before it appears.
+
+    MODEL is written in the released layout, in another precision, with an adapter merged in, without its language
+    model (--vit) or without its eyes (--gguf, for llama.cpp). An encoder and a language model (--vision, --lm) become a
+    new model with a fresh projector, ready for training.
+
+    \b
+    sailvl convert runs/nano --out nano-hub
+    sailvl convert SAIL-VL2-2B --out 2b-fp32 --dtype fp32 --max-shard-size 2GB
+    sailvl convert SAIL-VL2-2B --adapter my-lora --out 2b-mine
+    sailvl convert SAIL-VL2-2B --vit sail-vit
+    sailvl convert SAIL-VL2-2B --gguf 2b.gguf --gguf-type q8_0
+    sailvl convert --vision aimv2-huge-patch14-448 --lm Qwen3-1.7B --out fresh-2b
+    """
+    import re
+
+    faults = []
+    is_new = vision is not None or lm is not None
+    targets = [target for target in (out, vit, gguf) if target is not None]
+    if (model is None) != is_new:
+        faults.append("give either MODEL, or --vision and --lm for a new one")
+    elif is_new and (vision is None or lm is None):
+        faults.append("a new model needs both --vision and --lm")
+    if len(targets) != 1:
+        faults.append("give one of --out, --vit and --gguf")
+    if is_new and out is None:
+        faults.append("a new model needs --out")
+    for name, path in (("--vision", vision), ("--lm", lm)):
+        if path is not None and not _is_model(path):
+            faults.append(f"{name} {path}: no model folder (it would hold a config.json)")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        faults.append(f"--adapter {adapter}: no adapter (it would hold an adapter_config.json)")
+    faults += [f"{target} exists; choose a new place" for target in targets if target.exists()]
+    fresh_only = {"--side": side, "--anyres": anyres or None, "--seed": seed}
+    faults += [f"{name} is for a new model" for name, given in fresh_only.items() if given is not None and not is_new]
+    if adapter is not None and (is_new or out is None):
+        faults.append("--adapter goes with MODEL and --out")
+    if gguf_type is not None and gguf is None:
+        faults.append("--gguf-type goes with --gguf")
+    if dtype is not None and gguf is not None:
+        faults.append("--dtype is for folders; a GGUF file has --gguf-type")
+    if dtype not in (None, "bf16", "fp16", "fp32"):
+        faults.append(f"--dtype {dtype}: bf16, fp16 or fp32")
+    if gguf_type not in (None, "bf16", "f16", "q8_0"):
+        faults.append(f"--gguf-type {gguf_type}: bf16, f16 or q8_0")
+    if not re.fullmatch(r"[1-9]\d*([KMGT]i?B)?", max_shard_size):
+        faults.append(f"--max-shard-size {max_shard_size}: a number and a unit, such as 5GB")
+    folder = None
+    if model is not None:
+        try:
+            folder = _find_model(model)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+    _settle_libraries(0)
+    from dataclasses import asdict
+
+    from sailvl.model import SailVLProcessor, checkpoint
+    from sailvl.model import convert as conversion
+    from sailvl.model.gguf_export import export_gguf
+
+    shards = int(max_shard_size) if max_shard_size.isdigit() else max_shard_size
+    try:
+        if vision is not None and lm is not None and out is not None:
+            written = conversion.from_parts(
+                vision,
+                lm,
+                out,
+                seed=seed or 0,
+                side=side or 448,
+                any_resolution=anyres,
+                dtype=dtype,
+                max_shard_size=shards,
+                licence=licence,
+            )
+        elif folder is not None and vit is not None:
+            written = conversion.export_vit(folder, vit, dtype=dtype, licence=licence)
+        elif folder is not None and gguf is not None:
+            tokens = SailVLProcessor.from_pretrained(folder)
+            written = export_gguf(checkpoint.load(folder), tokens, gguf, kind=gguf_type or "bf16")
+        elif folder is not None and out is not None:
+            written = conversion.export(
+                folder, out, dtype=dtype, adapter=adapter, max_shard_size=shards, licence=licence
+            )
+    except conversion.ConvertError as error:
+        raise InputError(str(error)) from error
+    if json:
+        _print_json({**asdict(written), "out": str(written.out)})
+        return
+    for line in (*(f"left out: {line}" for line in written.left_out), *written.notes):
+        typer.echo(line)
+    size = f"{written.num_parameters:,} parameters, {written.num_bytes:,} bytes, {written.dtype}"
+    typer.echo(f"{size}; read back, largest difference {written.max_difference:.3g}")
+    typer.echo(str(written.out))
 
 
 @app.command()
@@ -293,6 +513,76 @@ def doctor(json: Json = False) -> None:
 
 
 # ---- shared by the verbs ------------------------------------------------------------------------------------------
+
+
+_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv", ".wmv", ".3gp")
+_DRAWN = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _decoded(path: str, num_frames: int) -> list[tuple[Image, bool]]:
+    """The pictures of a file, RGB, and whether each is a frame: of videos and of GIFs that move."""
+    from sailvl.media import is_animated, open_image, to_rgb
+    from sailvl.video import video_frames
+
+    suffix = Path(path).suffix.lower()
+    if suffix in _VIDEOS or (suffix == ".gif" and is_animated(path)):
+        return [(frame, True) for frame in video_frames(path, num_frames)]
+    return [(to_rgb(open_image(Path(path), name=path)), False)]
+
+
+def _box_faults(out: Path, inputs: list[str]) -> list[str]:
+    """What is wrong with drawing boxes there."""
+    faults = []
+    if not inputs:
+        faults.append("--boxes needs a picture to draw on")
+    if out.suffix.lower() not in _DRAWN:
+        faults.append(f"--boxes {out}: a picture's name is needed ({', '.join(_DRAWN)})")
+    if not out.parent.is_dir():
+        faults.append(f"--boxes {out}: no folder {out.parent}")
+    if any(Path(path).resolve() == out.resolve() for path in inputs):
+        faults.append(f"--boxes {out}: this is the picture itself; choose another name")
+    return faults
+
+
+def _draw(answer: str, picture: Image, out: Path, *, quiet: bool) -> list[dict[str, Any]]:
+    """Save the picture with the answer's boxes drawn on it, and say where; without boxes nothing is written."""
+    from dataclasses import asdict
+
+    from sailvl.grounding import draw_boxes, parse_boxes
+
+    found = parse_boxes(answer, *picture.size)
+    if found:
+        scratch = out.with_name(f".{os.getpid()}-{out.name}")
+        try:
+            draw_boxes(picture, found).save(scratch)
+            os.replace(scratch, out)
+        finally:
+            scratch.unlink(missing_ok=True)
+    if not quiet:
+        says = f"{len(found)} {'box' if len(found) == 1 else 'boxes'}: {out}" if found else "no boxes in the answer"
+        typer.echo(says, err=True)
+    return [asdict(box) for box in found]
+
+
+def _answer(engine: Engine, request: Request, *, aloud: bool) -> Completion:
+    """The one answer to a request, blanks around it cut off; ``aloud`` prints it as it comes."""
+    from sailvl.engine.base import stream
+    from sailvl.types import Completion, RecordError
+
+    text, blanks, ids = "", "", list[int]()
+    for delta in stream(engine, request):
+        if delta.finish_reason == "error":
+            raise RecordError(delta.error)
+        said = (blanks + delta.text).rstrip()
+        blanks = (blanks + delta.text)[len(said) :]
+        said = said if text else said.lstrip()
+        text += said
+        ids += delta.ids
+        if aloud and said:
+            typer.echo(said, nl=False)
+        if delta.finish_reason is not None:
+            return Completion(text=text, ids=tuple(ids), finish_reason=delta.finish_reason)
+    raise AssertionError("an answer without an end")
 
 
 def _read_recipe(source: str, overrides: list[str], factor: float = 1) -> Curriculum:
@@ -370,6 +660,19 @@ def _find_model(given: Path | None) -> Path:
     if given is not None:
         raise InputError(f"{given}: neither a model folder (config.json) nor a run with a finished stage")
     raise InputError("no model yet: make one with `sailvl run nano` (minutes, on a CPU), or name one with --model DIR")
+
+
+def _base(adapter: Path) -> Path:
+    """The model folder that an adapter was trained on."""
+    from sailvl.model.lora import AdapterError, base_of
+
+    try:
+        found = base_of(adapter)
+    except AdapterError as error:
+        raise InputError(str(error)) from error
+    if found is None:
+        raise InputError(f"{adapter}: the model it was trained on is not where it was; name it with --model")
+    return found
 
 
 def _print_json(value: dict[str, Any]) -> None:

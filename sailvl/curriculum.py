@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -42,6 +42,9 @@ HASH_VERSION = 1
 
 NOT_HASHED = ("save_every", "log_every")
 """Fields that cannot change a stage's weights."""
+
+ABSENT = ("lora",)
+"""Fields that came later: while they are None, a stage keeps the hash it had without them."""
 
 MIN_WINDOW = 3
 """AdaLRS estimates a slope and its error: fewer points leave no degree of freedom."""
@@ -102,11 +105,20 @@ Schedule = Annotated[Constant | Cosine | WSD | AdaLRS, Field(discriminator="kind
 
 
 @value
+class Lora:
+    """Learn through low-rank adapters of the linear layers, scaled by ``alpha / rank``, and not through the weights."""
+
+    rank: Count = 16
+    alpha: Count = 32
+
+
+@value
 class Train:
     """One training run. ``init`` names an earlier stage (None: the curriculum's model).
 
-    ``trains`` lists the parts that learn, ``fresh`` those that start from new random weights. One step consumes
-    ``lanes`` packs, each of at most ``max_tokens`` tokens and ``max_tiles`` tiles.
+    ``trains`` lists the parts that learn, ``fresh`` those that start from new random weights. With ``lora`` the parts
+    learn through adapters alone; the finished stage has the adapters, and the model with them merged in. One step
+    consumes ``lanes`` packs, each of at most ``max_tokens`` tokens and ``max_tiles`` tiles.
     """
 
     kind: Literal["train"] = "train"
@@ -115,6 +127,7 @@ class Train:
     data: Mixture
     trains: Annotated[tuple[Part, ...], Field(min_length=1)]
     fresh: tuple[Literal["projector"], ...] = ()
+    lora: Lora | None = None
     steps: Count
     lanes: Count = 1
     max_tokens: Count
@@ -145,11 +158,15 @@ Stage = Annotated[Train | Soup, Field(discriminator="kind")]
 
 @value
 class Jsonl:
-    """Conversations in a JSON-lines file; picture paths are relative to ``image_root`` (None: the file's folder)."""
+    """Conversations in a JSON-lines file; picture paths are relative to ``image_root`` (None: the file's folder).
+
+    ``num_frames`` are taken of a clip, unless its record says how many.
+    """
 
     kind: Literal["jsonl"] = "jsonl"
     path: str
     image_root: str | None = None
+    num_frames: Annotated[int, Field(ge=1, le=1024)] = 16
 
 
 @value
@@ -186,10 +203,14 @@ class Probe:
 
 @value
 class Fresh:
-    """A model with new random weights. ``side`` (pixels of a tile) and ``max_tiles`` replace the size's own."""
+    """A model with new random weights. ``side`` (pixels of a tile) and ``max_tiles`` replace the size's own.
+
+    At any resolution ``side`` is that of the position table, no side of a picture exceeds four of it, and ``max_tiles``
+    bounds a picture's area in tiles.
+    """
 
     kind: Literal["fresh"] = "fresh"
-    size: Literal["nano", "1b", "2b", "8b"] = "nano"
+    size: Literal["nano", "nano-moe", "nano-anyres", "1b", "2b", "2b-anyres", "8b", "16b-a2.5b", "30b-a3b"] = "nano"
     seed: Natural = 0
     side: Count | None = None
     max_tiles: Count | None = None
@@ -253,6 +274,10 @@ def _check_train(
             faults.append((f"{path}.fresh", f"a fresh {part} that is not trained stays random; add it to trains"))
     if len(set(stage.trains)) < len(stage.trains):
         faults.append((f"{path}.trains", f"a part is listed twice: {', '.join(stage.trains)}"))
+    if stage.lora is not None and stage.fresh:
+        faults.append((f"{path}.lora", f"adapters beside a fresh {stage.fresh[0]} leave it random; train it first"))
+    if stage.lora is not None and stage.init is None and isinstance(curriculum.model, Fresh):
+        faults.append((f"{path}.lora", "adapters need a trained model: start from a stage, or a checkpoint"))
     return faults + _check_schedule(stage, f"{path}.schedule")
 
 
@@ -361,7 +386,8 @@ def _plan_row(stage: Train | Soup) -> PlanRow:
     return PlanRow(
         name=stage.name,
         init=stage.init or "start",
-        trains=", ".join(f"{part} (fresh)" if part in stage.fresh else part for part in stage.trains),
+        trains=", ".join(f"{part} (fresh)" if part in stage.fresh else part for part in stage.trains)
+        + (f" (lora {stage.lora.rank})" if stage.lora else ""),
         steps=stage.steps,
         max_tokens=stage.steps * stage.lanes * stage.max_tokens,
         lr=stage.lr,
@@ -411,6 +437,12 @@ def _shrink_schedule(schedule: Constant | Cosine | WSD, factor: float, *, limit:
     return dataclasses.replace(schedule, warmup_steps=warmup)
 
 
+def hashed_fields(stage: Train | Soup) -> dict[str, Any]:
+    """The fields of a stage that decide its weights, as plain data."""
+    fields = to_dict(stage).items()
+    return {key: item for key, item in fields if key not in NOT_HASHED and (key not in ABSENT or item is not None)}
+
+
 def stage_hash(curriculum: Curriculum, name: str, fingerprints: Mapping[str, str] | None = None) -> str:
     """Hash a stage, its ancestors, their sources and the first model (sha256 hex): equal hash, equal weights.
 
@@ -423,7 +455,7 @@ def stage_hash(curriculum: Curriculum, name: str, fingerprints: Mapping[str, str
     def hash_of(stage: Train | Soup) -> str:
         if stage.name in known:
             return known[stage.name]
-        content = {key: item for key, item in to_dict(stage).items() if key not in NOT_HASHED}
+        content = hashed_fields(stage)
         if isinstance(stage, Soup):
             parents = [hash_of(stages[member]) for member in stage.of]
         else:

@@ -23,6 +23,9 @@ Grid: TypeAlias = tuple[int, int]
 SHARED_TILES = 64
 """Tiles that the pictures of one prompt share when a policy limits them (published evaluation adapter)."""
 
+MAX_UPSCALED_PIXELS = 64_000_000
+"""``upscale`` enlarges no picture beyond this many pixels; tiles see far fewer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
@@ -174,8 +177,7 @@ def grids(width: int, height: int, tiling: Tiling) -> tuple[Grid, ...]:
 
 
 def _nearest(width: int, height: int, tiling: Tiling, candidates: Sequence[Grid]) -> Grid:
-    if width < 1 or height < 1:
-        raise ValueError(f"a picture needs at least one pixel, got {width} x {height}")
+    _check_picture(width, height)
     aspect = width / height
     best, best_distance = (1, 1), float("inf")
     for columns, rows in candidates:
@@ -184,6 +186,11 @@ def _nearest(width: int, height: int, tiling: Tiling, candidates: Sequence[Grid]
         if distance < best_distance or (distance == best_distance and covers):
             best, best_distance = (columns, rows), distance
     return best
+
+
+def _check_picture(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"a picture needs at least one pixel, got {width} x {height}")
 
 
 def has_thumbnail(cuts: Sequence[Grid], tiling: Tiling) -> bool:
@@ -206,20 +213,21 @@ def tile_boxes(columns: int, rows: int, side: int) -> list[tuple[int, int, int, 
 def patch_grid(width: int, height: int, scheme: AnyRes, frame: bool = False) -> Grid:
     """(rows, columns) in patches that a picture of ``width`` x ``height`` pixels is resized to, whole tokens both.
 
-    Sides keep their ratio and are rounded to the nearest whole token, at least one. Raises ValueError for an empty
-    picture.
+    Sides keep their ratio and are rounded to the nearest whole token, at least one; ``upscale`` is not applied (see
+    ``grid_of``). Raises ValueError for an empty picture.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"a picture needs at least one pixel, got {width} x {height}")
+    _check_picture(width, height)
     cell, limit = scheme.patch * scheme.merge, scheme.side if frame else scheme.max_side
-    most, per_tile = limit // cell, scheme.tokens_per_tile
     scale = min(1.0, limit / max(width, height)) / cell
-    columns, rows = (min(most, max(1, math.floor(side * scale + 0.5))) for side in (width, height))
-    if scheme.max_tiles is not None and columns * rows > scheme.max_tiles * per_tile:
-        scale *= math.sqrt(scheme.max_tiles * per_tile / (width * height * scale * scale))
-        columns, rows = (min(most, max(1, math.floor(side * scale))) for side in (width, height))
-        # A side of one token cannot shrink; the other gives way.
-        columns, rows = min(columns, scheme.max_tiles * per_tile // rows), min(rows, scheme.max_tiles * per_tile)
+    columns, rows = (max(1, math.floor(side * scale + 0.5)) for side in (width, height))
+    budget = columns * rows if scheme.max_tiles is None else scheme.max_tiles * scheme.tokens_per_tile
+    if columns * rows > budget:
+        # Float error must not cost a whole token where the area fits exactly.
+        scale *= min(1.0, math.sqrt(budget / (width * height * scale * scale))) * (1 + 1e-9)
+        columns, rows = (max(1, math.floor(side * scale)) for side in (width, height))
+        # A side of one token cannot shrink; the longer one gives way.
+        longest = budget // min(columns, rows)
+        columns, rows = min(columns, longest), min(rows, longest)
     return rows * scheme.merge, columns * scheme.merge
 
 
@@ -227,31 +235,32 @@ def patch_grid(width: int, height: int, scheme: AnyRes, frame: bool = False) -> 
 
 
 def enlarged(width: int, height: int, scheme: Scheme) -> tuple[int, int]:
-    """(width, height) in pixels after ``upscale``."""
-    return int(width * scheme.upscale), int(height * scheme.upscale)
+    """(width, height) in pixels after ``upscale``, as far as ``MAX_UPSCALED_PIXELS`` allows."""
+    factor = max(1.0, min(scheme.upscale, math.sqrt(MAX_UPSCALED_PIXELS / max(width * height, 1))))
+    return int(width * factor), int(height * factor)
+
+
+def grid_of(width: int, height: int, scheme: AnyRes, frame: bool = False) -> Grid:
+    """(rows, columns) in patches of a picture as it is seen: ``upscale`` applied, except to a video frame."""
+    size = (width, height) if frame else enlarged(width, height, scheme)
+    return patch_grid(*size, scheme, frame)
 
 
 def num_tiles(width: int, height: int, scheme: Scheme, frame: bool = False) -> int:
     """Tiles a picture becomes, the thumbnail included; a video frame is always one tile.
 
-    At any resolution it is the encoder's work in tiles of ``side``, rounded up: a measure for budgets.
+    At any resolution it is the picture's area in tiles of ``side``, rounded up: a measure for budgets.
     """
     if isinstance(scheme, AnyRes):
-        return math.ceil(_num_tokens(width, height, scheme, frame) / scheme.tokens_per_tile)
+        return -(-math.prod(grid_of(width, height, scheme, frame)) // (scheme.side // scheme.patch) ** 2)
     if frame:
         return 1
     cuts = grids(*enlarged(width, height, scheme), scheme)
     return sum(columns * rows for columns, rows in cuts) + has_thumbnail(cuts, scheme)
 
 
-def _num_tokens(width: int, height: int, scheme: Scheme, frame: bool) -> int:
-    if isinstance(scheme, Tiling):
-        return scheme.tokens_per_tile * num_tiles(width, height, scheme, frame)
-    size = (width, height) if frame else enlarged(width, height, scheme)
-    rows, columns = patch_grid(*size, scheme, frame)
-    return rows * columns // scheme.merge**2
-
-
 def num_image_tokens(width: int, height: int, scheme: Scheme, frame: bool = False) -> int:
     """Tokens a picture takes in the prompt: its image tokens and the two tags around them."""
-    return _num_tokens(width, height, scheme, frame) + 2
+    if isinstance(scheme, Tiling):
+        return scheme.tokens_per_tile * num_tiles(width, height, scheme, frame) + 2
+    return math.prod(grid_of(width, height, scheme, frame)) // scheme.merge**2 + 2

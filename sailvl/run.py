@@ -10,6 +10,7 @@ weights; here the order is data.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ def run(
     Raises ConfigError for a faulty curriculum or missing files, LockedError when another process holds the folder.
     KeyboardInterrupt passes through after the running stage has saved itself.
     """
-    faults = check(curriculum)
+    faults = check(curriculum) or _missing_extras(curriculum)
     if faults:
         raise ConfigError(faults, curriculum.name)
     sources = open_sources(curriculum)
@@ -103,10 +104,18 @@ def run(
     return reports
 
 
+def _missing_extras(curriculum: Curriculum) -> list[tuple[str, str]]:
+    """Faults for what stages need and is not installed, found before the hours of the stages before them."""
+    text = "adapters need peft: pip install 'sailvl[lora]'"
+    adapted = [i for i, stage in enumerate(curriculum.stages) if isinstance(stage, Train) and stage.lora]
+    return [(f"stages.{i}.lora", text) for i in adapted if importlib.util.find_spec("peft") is None]
+
+
 def _describe(stage: Train | Soup) -> str:
     if isinstance(stage, Soup):
         return f"average of {', '.join(stage.of)}"
-    return f"{stage.steps} steps, trains {', '.join(stage.trains)}"
+    by = f" by adapters of rank {stage.lora.rank}" if stage.lora else ""
+    return f"{stage.steps} steps, trains {', '.join(stage.trains)}{by}"
 
 
 def _results(done: Mapping[str, Any]) -> str:
@@ -161,25 +170,45 @@ def first_model(
     return fresh_model(curriculum.model)
 
 
-def load_model(path: Path) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
-    """Load a model folder and its processor, on the GPU if there is one. ConfigError when the folder is not there."""
+def load_model(
+    path: Path, *, int8: bool = False, adapter: Path | None = None
+) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
+    """Load a model folder and its processor, on the GPU if there is one. ConfigError when the folder is not there.
+
+    ``int8``: on the CPU, the language model's weights in int8 and the rest in bf16, for answering. ``adapter``: a LoRA
+    folder, merged in. ConfigError when the model cannot be quantised or the adapter does not fit.
+    """
     from sailvl.model import checkpoint
     from sailvl.model.processing import SailVLProcessor
 
     if not (path / "config.json").is_file():
         raise ConfigError([(str(path), "no model folder here (it would hold a config.json)")])
-    return _placed(checkpoint.load(path)), SailVLProcessor.from_pretrained(path)
+    model = checkpoint.load(path, dtype="bfloat16" if int8 else None)
+    if adapter is not None:
+        from sailvl.model.convert import ConvertError, merge_adapter
+
+        try:
+            merge_adapter(model, adapter)
+        except ConvertError as error:  # it names the folders itself
+            raise ConfigError([("", str(error))]) from error
+    if not int8:
+        return _placed(model), SailVLProcessor.from_pretrained(path)
+    from sailvl.model.quant import quantize
+
+    try:
+        model = quantize(model)
+    except ValueError as error:
+        raise ConfigError([(str(path), str(error))]) from error
+    return model, SailVLProcessor.from_pretrained(path)
 
 
 def fresh_model(given: Fresh) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
     """Build a model of new weights and its processor."""
     from sailvl import assets
-    from sailvl.geometry import Tiling
     from sailvl.model import checkpoint
     from sailvl.model.processing import build_processor
 
-    side = given.side or checkpoint.SIZES[given.size][0]
-    tiling = Tiling(side=side) if given.max_tiles is None else Tiling(side=side, max_tiles=given.max_tiles)
+    tiling = checkpoint.scheme_for(given.size, side=given.side, max_tiles=given.max_tiles)
     tokenizer = Path(given.tokenizer) if given.tokenizer else assets.tokenizer_path()
     processor = build_processor(tokenizer, tiling=tiling, system_message="")
     config = checkpoint.config_for(given.size, processor=processor)
@@ -260,7 +289,8 @@ def open_sources(curriculum: Curriculum) -> dict[str, Source]:
 def _open_jsonl(name: str, value: Any) -> Source:
     from sailvl.data.source import JsonlSource
 
-    return JsonlSource(Path(value.path), name=name, image_root=Path(value.image_root) if value.image_root else None)
+    root = Path(value.image_root) if value.image_root else None
+    return JsonlSource(Path(value.path), name=name, image_root=root, num_frames=value.num_frames)
 
 
 def _open_synth(name: str, value: Any) -> Source:

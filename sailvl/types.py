@@ -1,7 +1,8 @@
 """The carriers every layer speaks, and the legend of the shape suffixes.
 
-Suffixes of array and tensor names: T packed tokens, N tiles, P patches per tile, D width, H heads, K head size,
-V vocabulary, E experts, B batch, S side in pixels, R supervised rows (positions that predict a supervised token).
+Suffixes of array and tensor names: T packed tokens, N tiles (at any resolution patches; in grids_N2 pictures),
+P patches per tile, D width, H heads, K head size, V vocabulary, E experts, B batch, S side in pixels, R supervised rows
+(positions that predict a supervised token).
 Counts are ``num_*``, limits ``max_*``, and every size says its unit: ``max_tokens``, ``num_tiles``.
 
 Nothing here imports torch, so that recipes, plans and verifiers start at once.
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 IMAGE_PLACEHOLDER = "<image>"
 """Stands in a message's text where a picture goes; pictures are used in order."""
+
+VIDEO_PLACEHOLDER = "<video>"
+"""Stands where a clip goes in data files and literal prompts; in a Record its frames are pictures like others."""
 
 
 class RecordError(ValueError):
@@ -64,13 +68,17 @@ class Record:
 class Example:
     """One encoded sample. ``targets_T[i]`` is the token that position i must predict, or -100.
 
-    ids_T int64, targets_T int64, tiles_N3SS float32 (normalised pixels).
+    ids_T int64, targets_T int64, tiles_N3SS float32 (normalised pixels). For a model of any resolution tiles_N3SS
+    holds patches, S their side, and grids_N2 int64 [pictures, 2] the rows and columns of patches of each picture;
+    ``patches_per_tile`` make one of ``num_tiles``, each picture rounded up.
     """
 
     id: str
     ids_T: np.ndarray
     targets_T: np.ndarray
     tiles_N3SS: np.ndarray
+    grids_N2: np.ndarray | None = None
+    patches_per_tile: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +86,7 @@ class Example:
 
     @property
     def num_tiles(self) -> int:
-        return len(self.tiles_N3SS)
+        return _num_tiles(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +130,8 @@ class Batch:
 
     ids_T int64; positions_T int64, restarting at 0 in every document; cu_seqlens int32 [documents + 1], offsets of
     the documents in T; max_length tokens of the longest document; tiles_N3SS float32; rows_R int64, the positions
-    whose hidden state predicts a supervised token; targets_R int64, those tokens.
+    whose hidden state predicts a supervised token; targets_R int64, those tokens; grids_N2 int64 and patches_per_tile
+    as in ``Example``.
     """
 
     ids_T: torch.Tensor
@@ -135,10 +144,23 @@ class Batch:
     lane: int
     state: dict[str, Any]
     rejects: tuple[Reject, ...] = ()
+    grids_N2: torch.Tensor | None = None
+    patches_per_tile: int = 1
 
     @property
     def num_samples(self) -> int:
         return len(self.cu_seqlens) - 1
+
+    @property
+    def num_tiles(self) -> int:
+        return _num_tiles(self)
+
+
+def _num_tiles(seen: Example | Batch) -> int:
+    """Tiles; at any resolution the area of every picture in tiles, rounded up."""
+    if seen.grids_N2 is None:
+        return len(seen.tiles_N3SS)
+    return sum(-(-rows * columns // seen.patches_per_tile) for rows, columns in seen.grids_N2.tolist())
 
 
 @dataclass(frozen=True, kw_only=True)

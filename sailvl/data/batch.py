@@ -20,12 +20,18 @@ IGNORED = -100
 
 
 def collate(examples: Sequence[Example], lane: int, state: Mapping[str, Any], rejects: Sequence[Reject] = ()) -> Batch:
-    """One pack as tensors (shapes: ``Batch``). Without a single tile, tiles_N3SS is [0, 3, S, S]."""
+    """One pack as tensors (shapes: ``Batch``). Without a single tile, tiles_N3SS is [0, 3, S, S].
+
+    Raises ValueError for no example, or for examples of tiles and of any resolution in one batch.
+    """
     if not examples:
         raise ValueError("a batch needs at least one example")
+    if len({(example.grids_N2 is None, example.patches_per_tile) for example in examples}) > 1:
+        raise ValueError(f"the {len(examples)} examples of a batch were made by different processors")
     lengths = [example.num_tokens for example in examples]
     targets_T = np.concatenate([example.targets_T for example in examples])
     rows_R = np.flatnonzero(targets_T != IGNORED)
+    grids = [example.grids_N2 for example in examples if example.grids_N2 is not None]
     return Batch(
         ids_T=torch.from_numpy(np.concatenate([example.ids_T for example in examples])),
         positions_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
@@ -37,4 +43,6 @@ def collate(examples: Sequence[Example], lane: int, state: Mapping[str, Any], re
         lane=lane,
         state=dict(state),
         rejects=tuple(rejects),
+        grids_N2=torch.from_numpy(np.concatenate(grids)) if grids else None,
+        patches_per_tile=examples[0].patches_per_tile,
     )

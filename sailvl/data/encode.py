@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from sailvl.data.batch import IGNORED
-from sailvl.geometry import Tiling, num_tiles
+from sailvl.geometry import AnyRes, ImagePolicy, Scheme, grid_of, num_image_tokens, num_tiles, schemes
 from sailvl.types import IMAGE_PLACEHOLDER, Example, Picture, Record, RecordError
 
 _PLACEHOLDER = re.compile(re.escape(IMAGE_PLACEHOLDER) + "\n?")
@@ -36,11 +36,11 @@ class ImageProcessor(Protocol):
     """What is needed of the model's image processor."""
 
     @property
-    def tiling(self) -> Tiling:
-        """How pictures are cut."""
+    def tiling(self) -> Scheme:
+        """How pictures are cut or resized."""
 
-    def preprocess_image(self, image: Image.Image, *, frame: bool = False) -> np.ndarray:
-        """Normalised tiles float32 [N, 3, S, S]."""
+    def preprocess_image(self, image: Image.Image, *, frame: bool = False, tiling: Scheme | None = None) -> np.ndarray:
+        """Normalised tiles float32 [N, 3, S, S], or patches at any resolution."""
 
 
 class Processor(Protocol):
@@ -91,15 +91,22 @@ def _conversation(record: Record) -> list[dict[str, Any]]:
     return conversation
 
 
-def _num_tiles(picture: Picture, tiling: Tiling) -> int:
-    return num_tiles(picture.width, picture.height, tiling, picture.frame)
+def _schemes(record: Record, processor: Processor, policy: ImagePolicy | None) -> list[Scheme]:
+    """How each of the record's pictures is seen."""
+    return schemes(processor.image_processor.tiling, policy, len(record.pictures))
 
 
-def _token_ids(record: Record, processor: Processor, generate: bool) -> tuple[list[int], list[bool]]:
+def _num_tiles(picture: Picture, scheme: Scheme) -> int:
+    return num_tiles(picture.width, picture.height, scheme, picture.frame)
+
+
+def _token_ids(
+    record: Record, processor: Processor, generate: bool, policy: ImagePolicy | None
+) -> tuple[list[int], list[bool]]:
     """Ids, and for each whether it is supervised."""
     _check(record, generate)
     prompt = processor.apply_chat_template(_conversation(record), tokenize=False, add_generation_prompt=generate)
-    tokenizer, tiling = processor.tokenizer.backend_tokenizer, processor.image_processor.tiling
+    tokenizer, seen = processor.tokenizer.backend_tokenizer, _schemes(record, processor, policy)
     start, image, end = (tokenizer.token_to_id(token) for token in (_IMAGE_START, _IMAGE_TOKEN, _IMAGE_END))
     ids: list[int] = []
     trained: list[bool] = []
@@ -110,9 +117,10 @@ def _token_ids(record: Record, processor: Processor, generate: bool) -> tuple[li
         )
     for i, part in enumerate(parts):  # cut at image tokens only, where the tokenizer would cut too
         if i:
-            picture = [start, *[image] * (_num_tiles(record.pictures[i - 1], tiling) * tiling.tokens_per_tile), end]
-            ids += picture
-            trained += [False] * len(picture)
+            picture = record.pictures[i - 1]
+            count = num_image_tokens(picture.width, picture.height, seen[i - 1], picture.frame)
+            ids += [start, *[image] * (count - 2), end]
+            trained += [False] * count
         encoding = tokenizer.encode(part, add_special_tokens=False)
         ids += encoding.ids
         trained += _supervised(part, encoding.offsets)
@@ -133,47 +141,92 @@ def _supervised(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
     return trained
 
 
-def measure(record: Record, processor: Processor) -> tuple[int, int]:
+def prompt_ids(record: Record, processor: Processor, policy: ImagePolicy | None = None) -> list[int]:
+    """The ids of ``encode(..., generate=True)``, nothing decoded or cut. Raises RecordError as it does."""
+    return _token_ids(record, processor, True, policy)[0]
+
+
+def measure(record: Record, processor: Processor, policy: ImagePolicy | None = None) -> tuple[int, int]:
     """(num_tokens, num_tiles) of the record's Example, nothing decoded. Raises RecordError as ``encode`` does."""
-    ids, _ = _token_ids(record, processor, generate=False)
-    return len(ids), sum(_num_tiles(picture, processor.image_processor.tiling) for picture in record.pictures)
+    ids, _ = _token_ids(record, processor, False, policy)
+    seen = zip(record.pictures, _schemes(record, processor, policy), strict=True)
+    return len(ids), sum(_num_tiles(picture, scheme) for picture, scheme in seen)
 
 
-def encode(record: Record, images: Sequence[Image.Image], processor: Processor, *, generate: bool = False) -> Example:
+def encode(
+    record: Record,
+    images: Sequence[Image.Image],
+    processor: Processor,
+    *,
+    generate: bool = False,
+    policy: ImagePolicy | None = None,
+) -> Example:
     """The record as ids, targets and tiles; ``generate`` ends it with the assistant's header and supervises nothing.
 
-    images: the record's pictures, decoded, in order. Raises RecordError if the conversation cannot be trained on (or
+    images: the record's pictures, decoded, in order; ``policy`` says how they are seen, if not as the processor's
+    settings have it. Raises RecordError if the conversation cannot be trained on (or
     answered), if placeholders and pictures differ in number, or if a picture has not the size the record says.
     """
     if len(images) != len(record.pictures):
         raise RecordError(f"record {record.id}: {len(record.pictures)} pictures, {len(images)} images given")
-    ids, trained = _token_ids(record, processor, generate)
-    tiling = processor.image_processor.tiling
-    tiles = [np.zeros((0, 3, tiling.side, tiling.side), np.float32)]
-    for number, (picture, image) in enumerate(zip(record.pictures, images, strict=True), 1):
-        tiles.append(processor.image_processor.preprocess_image(image, frame=picture.frame))
-        planned = _num_tiles(picture, tiling)
-        if len(tiles[-1]) != planned:
+    ids, trained = _token_ids(record, processor, generate, policy)
+    seen = _schemes(record, processor, policy)
+    tiles = [_no_tiles(processor)]
+    grids: list[tuple[int, int]] = []
+    for number, (picture, image, scheme) in enumerate(zip(record.pictures, images, seen, strict=True), 1):
+        tiles.append(processor.image_processor.preprocess_image(image, frame=picture.frame, tiling=scheme))
+        if isinstance(scheme, AnyRes):
+            grids.append(grid_of(image.width, image.height, scheme, picture.frame))
+            is_as_planned = grids[-1] == grid_of(picture.width, picture.height, scheme, picture.frame)
+        else:
+            is_as_planned = len(tiles[-1]) == _num_tiles(picture, scheme)
+        if not is_as_planned:
             raise RecordError(
-                f"record {record.id}: picture {number} was {picture.width} x {picture.height} ({planned} tiles) and is "
-                f"{image.width} x {image.height} ({len(tiles[-1])} tiles)"
+                f"record {record.id}: picture {number} was {picture.width} x {picture.height} "
+                f"({num_image_tokens(picture.width, picture.height, scheme, picture.frame)} tokens) and is "
+                f"{image.width} x {image.height} ({num_image_tokens(*image.size, scheme, picture.frame)} tokens)"
             )
     ids_T = np.array(ids, np.int64)
     targets_T = np.full(len(ids), IGNORED, np.int64)
     if not generate:
         targets_T[:-1] = np.where(trained[1:], ids_T[1:], IGNORED)
-    return Example(id=record.id, ids_T=ids_T, targets_T=targets_T, tiles_N3SS=np.concatenate(tiles))
+    return Example(
+        id=record.id, ids_T=ids_T, targets_T=targets_T, tiles_N3SS=np.concatenate(tiles), **_grids(grids, processor)
+    )
 
 
 def blank(id: str, num_tokens: int, num_tiles: int, processor: Processor) -> Example:
-    """A stand-in of the same size for a sample that broke: black tiles, their image tokens, padding, no targets."""
+    """A stand-in of the same size for a sample that broke: black tiles, their image tokens, padding, no targets.
+
+    At any resolution it has ``num_tiles`` pictures of one token, so that both of its sizes are those planned.
+    """
     tiling = processor.image_processor.tiling
+    is_any = isinstance(tiling, AnyRes)
     tokenizer = processor.tokenizer
     ids_T = np.full(num_tokens, tokenizer.pad_token_id, np.int64)
-    ids_T[: num_tiles * tiling.tokens_per_tile] = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+    num_image_ids = num_tiles * (1 if is_any else tiling.tokens_per_tile)
+    ids_T[:num_image_ids] = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+    tile = _no_tiles(processor).shape[1:]
     return Example(
         id=id,
         ids_T=ids_T,
         targets_T=np.full(num_tokens, IGNORED, np.int64),
-        tiles_N3SS=np.zeros((num_tiles, 3, tiling.side, tiling.side), np.float32),
+        tiles_N3SS=np.zeros((num_tiles * (tiling.merge**2 if is_any else 1), *tile), np.float32),
+        **_grids([(tiling.merge, tiling.merge)] * num_tiles, processor),
     )
+
+
+def _no_tiles(processor: Processor) -> np.ndarray:
+    """No tile, or no patch: [0, 3, S, S]."""
+    tiling = processor.image_processor.tiling
+    side = tiling.patch if isinstance(tiling, AnyRes) else tiling.side
+    return np.zeros((0, 3, side, side), np.float32)
+
+
+def _grids(grids: Sequence[tuple[int, int]], processor: Processor) -> dict[str, Any]:
+    """What an Example of any resolution says about its pictures; nothing for tiles."""
+    tiling = processor.image_processor.tiling
+    if not isinstance(tiling, AnyRes):
+        return {}
+    patches = (tiling.side // tiling.patch) ** 2
+    return {"grids_N2": np.array(grids, np.int64).reshape(-1, 2), "patches_per_tile": patches}

@@ -4,12 +4,16 @@ A saved folder is complete (weights, configuration, processor), named in the rel
 classes. It is written beside its place, flushed to disk and then renamed, so a crash or a full disk leaves the earlier
 folder as it was. Pickled weights are refused: loading one runs whatever code it holds.
 
-Sizes: SAIL-ViT-Huge with Qwen3-0.6B, 1.7B and 8B (technical report arXiv 2509.14033, section 2), and ``nano``, the same
-graph for a CPU.
+Sizes: SAIL-ViT-Huge with Qwen3-0.6B, 1.7B, 8B and 30B-A3B (technical report arXiv 2509.14033, section 2), with a
+sparse model of 16 B parameters, and ``nano`` and ``nano-moe``, the same graphs for a CPU; ``2b-anyres`` and
+``nano-anyres`` see pictures as they are instead of tiles.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -21,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from sailvl.geometry import AnyRes, Scheme, Tiling
+
 from . import SailVLConfig, SailVLForConditionalGeneration, SailVLProcessor
 from .attention import PACKED
 
@@ -29,29 +35,51 @@ PARTS = ("vit", "projector", "lm")
 
 _HUGE = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 12}
 _QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,  # of dense layers, of which there are none
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+_NANO_VIT = {
+    "hidden_size": 160,
+    "intermediate_size": 432,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.06,
+}
+_NANO_LM = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.05,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
 
 SIZES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "nano": (
+    "nano": (112, _NANO_VIT, _NANO_LM),
+    "nano-moe": (
         112,
+        _NANO_VIT,
         {
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "initializer_range": 0.06,
-        },
-        {
-            "vocab_size": 8192,
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "initializer_range": 0.05,
-            "head_dim": 64,
-            "max_position_embeddings": 8192,
-            "rope_theta": 10_000.0,
-            "tie_word_embeddings": True,
+            **_NANO_LM,
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 256,  # two experts are as wide as the dense model's block
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
         },
     ),
     "1b": (
@@ -90,6 +118,14 @@ SIZES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    # The report names a backbone of 16 B parameters, 2.5 B of them active, and publishes no field of it: these are
+    # ours, which give 15.7 B and 2.4 B.
+    "16b-a2.5b": (448, _HUGE, {**_QWEN3_MOE, "num_hidden_layers": 32, "num_experts": 96}),
+    "30b-a3b": (448, _HUGE, {**_QWEN3_MOE, "num_hidden_layers": 48, "num_experts": 128}),
+}
+SIZES |= {
+    f"{size}-anyres": (SIZES[size][0], {**SIZES[size][1], "any_resolution": True}, SIZES[size][2])
+    for size in ("nano", "2b")
 }
 """Size name to tile side in pixels, encoder fields, language model fields.
 
@@ -112,12 +148,14 @@ def config_for(
     vit: Mapping[str, Any] | None = None,
     lm: Mapping[str, Any] | None = None,
 ) -> SailVLConfig:
-    """The configuration of a size ("nano", "1b", "2b", "8b"), with overrides.
+    """The configuration of a size (a key of ``SIZES``), with overrides.
 
     ``processor`` sets the vocabulary size (rounded up to 64), all token ids and the tile side. Without one the ids are
     those of the packaged tokenizers: 26 tokens of Qwen3 and then 9 of SAIL-VL2 end the vocabulary (nano), or stand
-    where the release has them. ``vit`` and ``lm`` override fields of ``SailViTConfig`` and ``Qwen3Config``.
-    Raises ValueError for an unknown size.
+    where the release has them. ``vit`` and ``lm`` override fields of ``SailViTConfig`` and ``Qwen3Config`` (or
+    ``Qwen3MoeConfig``).
+    Raises ValueError for an unknown size, or a processor that cuts tiles for an encoder of any resolution (or does not
+    for one of tiles).
     """
     if size not in SIZES:
         raise ValueError(f"unknown model size '{size}'; sizes: {', '.join(SIZES)}")
@@ -127,11 +165,16 @@ def config_for(
     if processor is not None:
         tiling = processor.image_processor.tiling
         base_side = tiling.side
-        tiles = {"min_dynamic_patch": tiling.min_tiles, "max_dynamic_patch": tiling.max_tiles}
+        is_any = {**base_vit, **(vit or {})}.get("any_resolution", False)
+        if is_any != isinstance(tiling, AnyRes):
+            kind = "any resolution" if is_any else "tiles"
+            raise ValueError(f"size '{size}' sees {kind}, and the processor makes pixels for {type(tiling).__name__}")
+        if isinstance(tiling, Tiling):
+            tiles = {"min_dynamic_patch": tiling.min_tiles, "max_dynamic_patch": tiling.max_tiles}
         text["vocab_size"] = math.ceil(len(processor.tokenizer) / 64) * 64
     if vocab_size is not None:
         text["vocab_size"] = vocab_size
-    ids = _token_ids(processor, 151643 if size != "nano" else text["vocab_size"] - 35)
+    ids = _token_ids(processor, 151643 if not size.startswith("nano") else text["vocab_size"] - 35)
     text |= {"bos_token_id": ids["pad"], "eos_token_id": ids["eos"], "pad_token_id": ids["pad"]}
     return SailVLConfig(
         text_config={"model_type": "qwen3", **text},
@@ -143,6 +186,15 @@ def config_for(
         image_token_id=ids["image"],
         **tiles,
     )
+
+
+def scheme_for(size: str, *, side: int | None = None, max_tiles: int | None = None) -> Scheme:
+    """How a model of this size sees pictures, for ``build_processor``; None leaves the size's own values."""
+    base_side, vit, _ = SIZES[size]
+    side = base_side if side is None else side
+    if vit.get("any_resolution"):
+        return AnyRes(side=side, max_side=4 * side, max_tiles=max_tiles)
+    return Tiling(side=side) if max_tiles is None else Tiling(side=side, max_tiles=max_tiles)
 
 
 def _token_ids(processor: SailVLProcessor | None, first: int) -> dict[str, int]:
@@ -168,6 +220,28 @@ def build(config: SailVLConfig, *, seed: int, attn_implementation: str = PACKED)
         )
 
 
+def anyres_from_fixed(
+    model: SailVLForConditionalGeneration, *, rope_2d: bool = True, interpolate_positions: bool = True
+) -> SailVLForConditionalGeneration:
+    """A copy of a model of tiles that sees pictures at any resolution, with the same weights: nothing is added.
+
+    Without ``rope_2d`` a picture of one tile's size is seen exactly as before; with it the copy needs training. Its
+    processor is ``build_processor(..., tiling=AnyRes(...))`` with the same side.
+    """
+    values = model.config.to_dict()
+    chosen = {"any_resolution": True, "rope_2d": rope_2d, "interpolate_positions": interpolate_positions}
+    values["vision_config"] = {**values["vision_config"], **chosen}
+    with torch.random.fork_rng(devices=[]):  # the first weights, which are overwritten, draw random numbers
+        fresh = type(model)._from_config(
+            SailVLConfig.from_dict(values),
+            attn_implementation=model.config.text_config._attn_implementation,
+            dtype=model.dtype,
+        )
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = copy.deepcopy(model.generation_config)
+    return cast(SailVLForConditionalGeneration, fresh.to(model.device).train(model.training))
+
+
 def load(
     path: str | Path, *, dtype: torch.dtype | str | None = None, attn_implementation: str = PACKED
 ) -> SailVLForConditionalGeneration:
@@ -176,12 +250,8 @@ def load(
     Raises CheckpointError if the folder is missing, or its weights are pickled, damaged or of another shape.
     """
     folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind))
-        found = (
-            f"only pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "no weights"
-        )
-        raise CheckpointError(f"{folder}: {found}; convert them to safetensors first")
+    if folder.is_dir():
+        refuse_pickles(folder)
     if not folder.exists() and str(path).count("/") != 1:
         raise CheckpointError(f"{folder}: no such model folder")
     try:
@@ -203,17 +273,36 @@ def load(
     return cast(SailVLForConditionalGeneration, model)
 
 
-def save(model: SailVLForConditionalGeneration, processor: SailVLProcessor | None, path: str | Path) -> None:
+def refuse_pickles(folder: Path) -> None:
+    """Raise CheckpointError for a folder without safetensors; pickled weights are never read."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind))
+    found = f"only pickled weights ({', '.join(pickled)}), which can run code when loaded" if pickled else "no weights"
+    raise CheckpointError(f"{folder}: {found}; convert them to safetensors first")
+
+
+def save(
+    model: SailVLForConditionalGeneration,
+    processor: SailVLProcessor | None,
+    path: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Write a complete model folder in the released layout, replacing an earlier one only when all is on disk.
 
-    Raises CheckpointError if writing fails (a full disk); the earlier folder is then untouched.
+    ``max_shard_size`` (bytes, or a text such as "5GB") parts the weights into files. Raises CheckpointError if writing
+    fails (a full disk); the earlier folder is then untouched.
     """
+    if any(buffer.dtype == torch.int8 for buffer in model.buffers()):
+        raise CheckpointError(f"{path}: a model with int8 weights cannot be saved; save it before it is quantised")
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.saving-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, max_shard_size=max_shard_size)
+        _release_keys(fresh / "config.json")
         if processor is not None:
             processor.save_pretrained(fresh)
         for file in sorted(fresh.rglob("*")):
@@ -224,6 +313,13 @@ def save(model: SailVLForConditionalGeneration, processor: SailVLProcessor | Non
         kept = "the earlier folder is intact" if target.exists() else "nothing was left behind"
         raise CheckpointError(f"{target}: saving failed ({error}); {kept}. Free some space and save again") from error
     _replace(fresh, target)
+
+
+def _release_keys(path: Path) -> None:
+    """Spell a written configuration as releases do: ``llm_config``, as the authors' own code reads it too."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["llm_config"] = values.pop("text_config")
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _flush(path: Path) -> None:
@@ -243,6 +339,23 @@ def _replace(fresh: Path, target: Path) -> None:
     fresh.rename(target)
     _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """What tells a model folder's content from another's, in milliseconds: its configuration, and of its weights the
+    names, sizes and 64 blocks spread over each file (hex)."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.name in ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"):
+            found.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            size = path.stat().st_size
+            found.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(64):
+                    file.seek(block * size // 64)
+                    found.update(file.read(4096))
+    return found.hexdigest()[:16]
 
 
 def reset_projector(model: SailVLForConditionalGeneration, seed: int) -> None:

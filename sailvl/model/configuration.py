@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
-ARCHITECTURES = {"qwen3": "SailVLForConditionalGeneration"}
-"""Language model type to the architecture name written to ``config.json``."""
+ARCHITECTURES = {"qwen3": "SailVLForConditionalGeneration", "qwen3_moe": "SailVLMoeForConditionalGeneration"}
+"""Language model type to the architecture name written to ``config.json``; releases have one name for both."""
 
 _FOREIGN_KEYS = (
     "architectures",
@@ -27,7 +27,11 @@ _FOREIGN_KEYS = (
 
 
 class SailViTConfig(PreTrainedConfig):
-    """SAIL-ViT: an AIMv2 encoder. Defaults are those of the published class; SAIL-ViT-Huge is 24 x 1536."""
+    """SAIL-ViT: an AIMv2 encoder. Defaults are those of the published class; SAIL-ViT-Huge is 24 x 1536.
+
+    ``any_resolution`` sees pictures as they are instead of tiles. It knows where a patch lies by the learned table,
+    stretched to the picture (``interpolate_positions``), and by a rotary embedding of rows and columns (``rope_2d``).
+    """
 
     model_type = "sailvit"
     base_config_key = "vision_config"
@@ -45,6 +49,10 @@ class SailViTConfig(PreTrainedConfig):
     qkv_bias: bool = False
     use_bias: bool = False
     initializer_range: float = 0.02
+    any_resolution: bool = False
+    interpolate_positions: bool = True
+    rope_2d: bool = True
+    rope_theta: float = 10_000.0
 
     @property
     def num_patches(self) -> int:
@@ -57,6 +65,7 @@ class SailVLConfig(PreTrainedConfig):
 
     ``select_layer`` -1 takes the encoder's normed output, another index the input of that block. The three image token
     ids are absent from releases: their defaults are the released tokenizer's, and a processor checks them.
+    ``router_bias`` [sparse layers][experts] is added to the routers' scores where experts are chosen (see ``moe``).
     """
 
     model_type = "sailvl"
@@ -74,6 +83,7 @@ class SailVLConfig(PreTrainedConfig):
     image_end_token_id: int = 151670
     image_token_id: int = 151671
     tie_word_embeddings: bool = False
+    router_bias: list[list[float]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)
@@ -109,6 +119,8 @@ def _text_config(given: Any) -> PreTrainedConfig:
         config = AutoConfig.for_model(kind, **values) if kind in ARCHITECTURES else Qwen3Config()
     if kind not in ARCHITECTURES:
         raise ValueError(f"llm_config.model_type is '{kind}'; supported language models: {sorted(ARCHITECTURES)}")
+    if kind == "qwen3_moe":
+        config.output_router_logits = False  # nothing here reads them, and every forward pass would keep them
     return config
 
 

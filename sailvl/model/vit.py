@@ -1,16 +1,23 @@
-"""SAIL-ViT: pixels of square tiles to patch features.
+"""SAIL-ViT: pixels of square tiles, or of pictures of any size, to patch features.
 
 An AIMv2 encoder (technical report arXiv 2509.14033, section 2.1): patch convolution, RMSNorm, learned absolute position
 table, pre-norm blocks with a fused ``qkv`` and a SwiGLU, final RMSNorm, no biases but the convolution's. Module names
 are those of the released checkpoints, so that loading only renames tensors and never converts them: servers honour
 renames alone.
 
-Cost: 1.55 TFLOP per 448-pixel tile at SAIL-ViT-Huge. The activation after the patch convolution is made contiguous
-once; left strided, that layout survives every residual addition and costs about a tenth of the time.
+At any resolution (section 2.1, "SAIL-ViT-AnyRes"; the report says that pre-trained position embeddings are resized to
+the picture, its figure says "Interpolate 2D RoPE") the tensors are the same: the position table is stretched to each
+picture's grid, and queries and keys are turned by row and column. All pictures go through the encoder as one sequence
+of patches, none of which sees another picture.
+
+Cost: 1.55 TFLOP per 448-pixel tile at SAIL-ViT-Huge; 16 times the patches, and 256 times the attention, at 1792 pixels.
+The activation after the patch convolution is made contiguous once; left strided, that layout survives every residual
+addition and costs about a tenth of the time.
 Annotations must stay real objects (no postponed evaluation): the library inspects them.
 """
 
-import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import eager_attention
+from .attention import PACKED, PACKING_IMPLEMENTATIONS, eager_attention, packed_attention
 from .configuration import SailViTConfig
-
-_POSITION_AMPLITUDE = 1.0
-"""Amplitude of a fresh position table: as large as the patch features, which have unit RMS."""
+from .positions import sincos, stretched, turn, turns
 
 
 class SailViTRMSNorm(nn.Module):
@@ -43,7 +48,7 @@ class SailViTRMSNorm(nn.Module):
 
 
 class Patchifier(nn.Module):
-    """Tiles [N, 3, S, S] to normed patch embeddings [N, P, D]."""
+    """Tiles [N, 3, S, S] to normed patch embeddings [N, P, D]; patches cut already, [P, 3, p, p], to [1, P, D]."""
 
     def __init__(self, config: SailViTConfig):
         super().__init__()
@@ -51,7 +56,10 @@ class Patchifier(nn.Module):
         self.proj = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.norm = SailViTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, are_patches: bool = False) -> torch.Tensor:
+        if are_patches:  # the convolution as a matrix product, 3 times as fast
+            embedded = nn.functional.linear(pixels.flatten(1), self.proj.weight.flatten(1), self.proj.bias)
+            return self.norm(embedded[None])
         return self.norm(self.proj(pixels).flatten(2).transpose(1, 2).contiguous())
 
 
@@ -60,15 +68,19 @@ class Preprocessor(nn.Module):
 
     def __init__(self, config: SailViTConfig):
         super().__init__()
+        self.config = config
         self.patchifier = Patchifier(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, config.hidden_size))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.patchifier(pixels) + self.pos_embed
+    def forward(self, pixels: torch.Tensor, grids: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
+        patches = self.patchifier(pixels, are_patches=grids is not None)
+        if grids is None:
+            return patches + self.pos_embed
+        return patches + stretched(self.pos_embed, grids) if self.config.interpolate_positions else patches
 
 
 class Attention(nn.Module):
-    """Full attention within a tile."""
+    """Full attention within a tile or picture."""
 
     def __init__(self, config: SailViTConfig):
         super().__init__()
@@ -80,13 +92,29 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_NPD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_NPD: torch.Tensor,
+        turned: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        max_length: int | None = None,
+    ) -> torch.Tensor:
+        """``offsets`` (int32 [pictures + 1]) part one row of patches into pictures; ``turned`` is from ``turns``."""
         tiles, patches, width = hidden_NPD.shape
         qkv = self.qkv(hidden_NPD).view(tiles, patches, 3, self.num_heads, self.head_size)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if tiles == 0:  # a pack without pictures still owes every rank a (zero) gradient; attention rejects no rows
+        query, key, value = qkv.unbind(2)
+        if turned is not None:
+            query, key = turn(query, turned), turn(key, turned)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        if not tiles * patches:  # a pack without pictures owes every rank a (zero) gradient; attention rejects no rows
             return self.proj(value.reshape(tiles, patches, width))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        packing: dict[str, Any] = {}
+        if offsets is not None:
+            packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+            packing |= {"max_length_q": max_length, "max_length_k": max_length}
+            # Any other implementation would let pictures see each other.
+            attend = attend if self.config._attn_implementation in PACKING_IMPLEMENTATIONS else packed_attention
         mixed, _ = attend(
             self,
             query,
@@ -96,6 +124,7 @@ class Attention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.head_size**-0.5,
             is_causal=False,
+            **packing,
         )
         return self.proj(mixed.reshape(tiles, patches, width))
 
@@ -123,8 +152,8 @@ class Block(GradientCheckpointingLayer):
         self.norm_2 = SailViTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, hidden_NPD: torch.Tensor) -> torch.Tensor:
-        hidden_NPD = hidden_NPD + self.attn(self.norm_1(hidden_NPD))
+    def forward(self, hidden_NPD: torch.Tensor, **packing: Any) -> torch.Tensor:
+        hidden_NPD = hidden_NPD + self.attn(self.norm_1(hidden_NPD), **packing)
         return hidden_NPD + self.mlp(self.norm_2(hidden_NPD))
 
 
@@ -138,7 +167,7 @@ class Trunk(nn.Module):
 
 
 class SailViT(PreTrainedModel):
-    """Tiles to patch features; see the module docstring."""
+    """Tiles or pictures to patch features; see the module docstring."""
 
     config_class = SailViTConfig
     config: SailViTConfig
@@ -153,6 +182,13 @@ class SailViT(PreTrainedModel):
 
     def __init__(self, config: SailViTConfig):
         super().__init__(config)
+        if config.any_resolution and not (config.rope_2d or config.interpolate_positions):
+            raise ValueError("an encoder of any resolution needs rope_2d or interpolate_positions, or sees no places")
+        if config.any_resolution and config.rope_2d and config.hidden_size // config.num_attention_heads % 4:
+            raise ValueError(
+                f"rope_2d needs heads of a multiple of 4 features, got {config.hidden_size} / "
+                f"{config.num_attention_heads}"
+            )
         self.preprocessor = Preprocessor(config)
         self.trunk = Trunk(config)
         self.post_init()
@@ -160,18 +196,30 @@ class SailViT(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Preprocessor):
-            init.copy_(module.pos_embed, _sincos(self.config).to(module.pos_embed.dtype))
+            init.copy_(module.pos_embed, sincos(self.config).to(module.pos_embed.dtype))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.preprocessor.patchifier.proj
 
-    def forward(self, pixel_values: torch.Tensor, select_layer: int = -1, **kwargs: Any) -> BaseModelOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        select_layer: int = -1,
+        image_grid_hw: Any = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
         """Features [N, P, D] of tiles ``pixel_values`` [N, 3, S, S].
 
+        At any resolution: features [patches, D] of patches [patches, 3, p, p], row by row, of pictures one after the
+        other; ``image_grid_hw`` [pictures, 2] says how many rows and columns of patches each has.
         ``select_layer`` indexes [input of block 0, ..., input of the last block, final normed output]; blocks after a
-        selected input are not run. Raises ValueError for pixels of another size or an index out of range.
+        selected input are not run. ``output_hidden_states`` gives that list too, up to the selected one.
+        Raises ValueError for pixels of another size, grids that do not add up to the patches, or an index out of range.
         """
-        side, layers = self.config.image_size, self.config.num_hidden_layers
+        grids = self._grids(pixel_values, image_grid_hw)
+        side = self.config.image_size if grids is None else self.config.patch_size
+        layers = self.config.num_hidden_layers
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (self.config.num_channels, side, side):
             raise ValueError(
                 f"pixel_values must be [tiles, {self.config.num_channels}, {side}, {side}], "
@@ -180,26 +228,42 @@ class SailViT(PreTrainedModel):
         num_blocks = select_layer if select_layer >= 0 else layers + 1 + select_layer
         if not 0 <= num_blocks <= layers:
             raise ValueError(f"select_layer {select_layer} is outside the encoder's {layers} blocks")
-        hidden = self.preprocessor(pixel_values.to(self.preprocessor.pos_embed.dtype))
+        hidden = self.preprocessor(pixel_values.to(self.preprocessor.pos_embed.dtype), grids)
+        packing = {} if grids is None else self._packing(grids, hidden)
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        inputs: list[torch.Tensor] = []
         for block in self.trunk.blocks[:num_blocks]:
-            hidden = block(hidden)
+            if asked:
+                inputs.append(hidden)
+            hidden = block(hidden, **packing)
         if num_blocks == layers:
             hidden = self.trunk.post_trunk_norm(hidden)
-        return BaseModelOutput(last_hidden_state=hidden)
+        hidden, *inputs = (each if grids is None else each[0] for each in (hidden, *inputs))
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=(*inputs, hidden) if asked else None)
 
+    def _grids(self, pixels: torch.Tensor, image_grid_hw: Any) -> list[tuple[int, int]] | None:
+        """(rows, columns) in patches of every picture; None for an encoder of tiles."""
+        if not self.config.any_resolution:
+            if image_grid_hw is not None:
+                raise ValueError("image_grid_hw is for encoders of any resolution, and this one sees tiles")
+            return None
+        if image_grid_hw is None:
+            raise ValueError("an encoder of any resolution needs image_grid_hw beside pixel_values")
+        grids = [(int(rows), int(columns)) for rows, columns in torch.as_tensor(image_grid_hw).tolist()]
+        expected = sum(rows * columns for rows, columns in grids)
+        if expected != len(pixels) or min((min(grid) for grid in grids), default=1) < 1:
+            raise ValueError(f"grids {grids} (rows, columns) hold {expected} patches, pixel_values has {len(pixels)}")
+        return grids
 
-def _sincos(config: SailViTConfig) -> torch.Tensor:
-    """A 2-D sine-cosine table (1, P, D): half the width tells the row, half the column.
-
-    Wavelengths run from two pi patches to two pi sides: longer ones would be the same everywhere on the grid.
-    """
-    per_axis, count = config.image_size // config.patch_size, config.hidden_size // 4
-    steps = torch.exp(-math.log(per_axis) * torch.arange(count) / max(count, 1))
-    angles = torch.arange(per_axis)[:, None] * steps
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows = axis[:, None, :].expand(per_axis, per_axis, -1)
-    columns = axis[None, :, :].expand(per_axis, per_axis, -1)
-    table = torch.cat([rows, columns], dim=-1).reshape(1, per_axis * per_axis, 4 * count)
-    padded = torch.zeros(1, per_axis * per_axis, config.hidden_size)
-    padded[..., : 4 * count] = table
-    return _POSITION_AMPLITUDE * padded
+    def _packing(self, grids: Sequence[tuple[int, int]], hidden: torch.Tensor) -> dict[str, Any]:
+        """What the attention of every block needs to keep pictures apart and to turn queries and keys."""
+        lengths = [rows * columns for rows, columns in grids]
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        chosen = self.config._attn_implementation
+        if chosen in PACKING_IMPLEMENTATIONS and chosen != PACKED:  # ours reads the offsets on the host
+            offsets = offsets.to(hidden.device)
+        return {
+            "turned": turns(self.config, grids, hidden),
+            "offsets": offsets,
+            "max_length": max(lengths, default=0),
+        }

@@ -63,7 +63,7 @@ def count_step(
         seconds=seconds,
         samples=sum(batch.num_samples for batch in batches),
         tokens=sum(len(batch.ids_T) for batch in batches),
-        tiles=sum(len(batch.tiles_N3SS) for batch in batches),
+        tiles=sum(batch.num_tiles for batch in batches),
         supervised_tokens=supervised_tokens if is_sane else 0,
         loss_sum=loss * supervised_tokens if is_sane else 0.0,
         rejects=sum(len(batch.rejects) for batch in batches),

@@ -72,6 +72,7 @@ def loss_sum(model: SailVLForConditionalGeneration, batch: Batch, precision: str
             input_ids=batch.ids_T[None].to(device, non_blocking=True),
             position_ids=batch.positions_T[None].to(device, non_blocking=True),
             pixel_values=batch.tiles_N3SS.to(device, model.dtype, non_blocking=True),
+            image_grid_hw=batch.grids_N2,
             cu_seq_lens_q=offsets,
             cu_seq_lens_k=offsets,
             max_length_q=batch.max_length,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from typing import Any
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sailvl.data.batch import collate
 from sailvl.data.encode import blank, encode, measure
-from sailvl.geometry import num_image_tokens
+from sailvl.geometry import AnyRes, ImagePolicy, num_image_tokens
+from sailvl.model.processing import build_processor
 from sailvl.types import Message, Picture, Record, RecordError
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>")
@@ -205,3 +208,97 @@ def test_blank_has_the_planned_size(tiny_processor: Any) -> None:
     assert (example.num_tokens, example.num_tiles) == (3 * k + 7, 3)
     assert (example.ids_T == tiny_processor.image_token_id).sum() == 3 * k
     assert (example.targets_T == -100).all()
+
+
+# ---- policies and any resolution --------------------------------------------------------------------------------
+
+POLICIES = [
+    None,
+    ImagePolicy(),
+    ImagePolicy(max_tiles=9, msac=True),
+    ImagePolicy(max_tiles=24, upscale=2),
+    ImagePolicy(msac=True, upscale=4),
+]
+
+
+@pytest.fixture(scope="module")
+def any_processor(tiny_tokenizer_file: Any) -> Any:
+    return build_processor(tiny_tokenizer_file, tiling=AnyRes(side=56, max_side=224))
+
+
+@relaxed
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), max_size=3),
+    policy=st.sampled_from(POLICIES),
+    any_res=st.booleans(),
+    frames=st.booleans(),
+)
+def test_a_records_policy_equals_the_processors(
+    tiny_processor: Any,
+    any_processor: Any,
+    sizes: list[tuple[int, int]],
+    policy: ImagePolicy | None,
+    any_res: bool,
+    frames: bool,
+) -> None:
+    processor = any_processor if any_res else tiny_processor
+    of = record(("user", "what?"), sizes=sizes, frames=frames)
+    pictures = images(of)
+    example = encode(of, pictures, processor, generate=True, policy=policy)
+    trained = Record(id="r1", messages=(*of.messages, Message(role="assistant", text="yes")), pictures=of.pictures)
+    assert measure(trained, processor, policy)[1] == example.num_tiles
+    encoded = encode(trained, pictures, processor, policy=policy)
+    assert measure(trained, processor, policy) == (encoded.num_tokens, encoded.num_tiles)
+    content = [{"type": "image", "frame": frames}] * len(sizes) + [{"type": "text", "text": "what?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    asked = {} if policy is None else {"max_tiles": policy.max_tiles, "msac": policy.msac, "upscale": policy.upscale}
+    reference = processor(images=pictures or None, text=prompt, frames=[frames] * len(sizes), **asked)
+    assert example.ids_T.tolist() == list(reference["input_ids"][0])
+    if pictures:
+        np.testing.assert_array_equal(example.tiles_N3SS, reference["pixel_values"])
+    if any_res:
+        assert example.grids_N2 is not None and example.grids_N2.shape == (len(sizes), 2)
+        assert example.grids_N2.tolist() == (reference["image_grid_hw"].tolist() if pictures else [])
+        # A 56-pixel square is 16 patches.
+        assert example.num_tiles == sum(math.ceil(rows * columns / 16) for rows, columns in example.grids_N2.tolist())
+    else:
+        assert example.grids_N2 is None and example.num_tiles == len(example.tiles_N3SS)
+
+
+def test_a_picture_of_another_shape_is_refused_at_any_resolution(any_processor: Any) -> None:
+    """Equally many patches in another shape are another picture."""
+    of = record(("user", "a"), ("assistant", "b"), sizes=[(56, 112)])
+    with pytest.raises(RecordError, match=r"picture 1 was 56 x 112 \(10 tokens\) and is 112 x 56 \(10 tokens\)"):
+        encode(of, [Image.new("RGB", (112, 56))], any_processor)
+
+
+def test_blank_has_the_planned_size_at_any_resolution(any_processor: Any) -> None:
+    of = record(("user", "a"), ("assistant", "b"), sizes=[(1, 1), (200, 100), (30, 30)])
+    planned = measure(of, any_processor)
+    example = blank("x", *planned, any_processor)
+    assert (example.num_tokens, example.num_tiles) == planned
+    assert example.grids_N2.tolist() == [[2, 2]] * planned[1] and example.tiles_N3SS.shape == (
+        4 * planned[1],
+        3,
+        14,
+        14,
+    )
+    assert (example.ids_T == any_processor.image_token_id).sum() == planned[1]
+    empty = blank("x", 5, 0, any_processor)
+    assert empty.tiles_N3SS.shape == (0, 3, 14, 14) and empty.grids_N2.shape == (0, 2) and empty.num_tiles == 0
+
+
+def test_a_batch_holds_examples_of_one_processor(tiny_processor: Any, any_processor: Any) -> None:
+    of = record(("user", "a"), ("assistant", "b"), sizes=[(60, 90), (30, 30)])
+    text = record(("user", "a"), ("assistant", "b"))
+    some, none, tiles = (
+        encode(of, images(of), any_processor),
+        encode(text, [], any_processor),
+        blank("", 3, 0, tiny_processor),
+    )
+    batch = collate([some, none, some], 0, {})
+    assert batch.grids_N2.tolist() == some.grids_N2.tolist() * 2 and batch.num_tiles == 2 * some.num_tiles
+    assert len(batch.tiles_N3SS) == int(batch.grids_N2.prod(1).sum())
+    assert collate([none], 0, {}).grids_N2.shape == (0, 2)
+    with pytest.raises(ValueError, match="the 2 examples of a batch were made by different processors"):
+        collate([some, tiles], 0, {})

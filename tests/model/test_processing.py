@@ -246,7 +246,7 @@ def test_counted_tokens_equal_made_tokens(tiny_processor, width: int, height: in
     made = tiny_processor(images=image, text="<IMG_CONTEXT>", return_tensors="pt", **policy)
     assert made["input_ids"].shape[1] == counted.num_image_tokens[0]
     assert made["pixel_values"].shape[0] == counted.num_image_patches[0]
-    tiling = tiny_processor.image_processor.policy(**policy)
+    (tiling,) = tiny_processor.image_processor.schemes(1, **policy)
     assert counted.num_image_tokens == [num_image_tokens(width, height, tiling)]
 
 

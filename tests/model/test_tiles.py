@@ -141,8 +141,12 @@ def test_batches_arrays_and_limits() -> None:
     assert PROCESSOR([])["pixel_values"].shape == (0, 3, 56, 56)
     with pytest.raises(ValueError, match="2 frame marks for 1 images"):
         PROCESSOR(wide, frames=[True, False])
-    with pytest.raises(ValueError, match="tile limits"):
+    with pytest.raises(ValueError, match="max_tiles must be at least 1"):
         PROCESSOR(wide, max_tiles=0)
+    with pytest.raises(ValueError, match=r"tile limits must hold 1 <= min <= max, got 5\.\.4"):
+        PROCESSOR(wide, min_tiles=5, max_tiles=4)
+    with pytest.raises(ValueError, match=r"prompts of \[1, 2\] pictures for 2 images"):
+        PROCESSOR([wide, small], counts=[1, 2])
     for wrong in ("picture.png", b"bytes", np.zeros((4, 4), np.float32)):
         with pytest.raises(TypeError, match="Pillow pictures or uint8 arrays"):
             PROCESSOR(wrong)
