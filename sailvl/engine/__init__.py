@@ -1,1 +1,1 @@
-"""Answer prompts: records and pictures in, completions out, in the same order."""
+"""Answer prompts: requests in, pieces of answers out (``base``), here or elsewhere."""

@@ -89,7 +89,8 @@ class Delta:
 
     ``text`` is final: incomplete characters and the beginning of a stop string are held back until they are decided.
     ``top_logprobs`` holds, for each of ``ids``, (token id, log-probability) pairs, the most likely first. A last delta
-    has a ``finish_reason``; with "error", ``error`` says what is wrong with this request.
+    has a ``finish_reason``, and ``num_prompt_tokens`` where the engine knows it; "error" ends all answers of the
+    request at once, and ``error`` says what is wrong with it.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Delta:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish_reason: Literal["stop", "length", "cancelled", "error"] | None = None
     error: str = ""
+    num_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class Reply:
     id: str
     completions: tuple[Completion, ...] = ()
     error: str = ""
+    num_prompt_tokens: int | None = None
 
 
 class Engine(Protocol):
@@ -121,7 +124,10 @@ class Engine(Protocol):
         """Take a request. Raises RecordError if it cannot be answered (too long, pictures that do not fit)."""
 
     def step(self) -> list[Delta]:
-        """Advance every request in flight, and give what they gained; [] when there are none."""
+        """Advance the requests in flight, and give what they gained; [] when there are none, or nothing came yet.
+
+        Raises EngineError when the engine cannot go on; nothing is in flight then.
+        """
 
     def cancel(self, id: str) -> None:
         """End a request; each of its unfinished answers gets a last delta "cancelled". Unknown ids are ignored."""
@@ -133,7 +139,8 @@ class Engine(Protocol):
 def replies(engine: Engine, requests: Iterable[Request]) -> Iterator[Reply]:
     """Replies as they finish; at most ``engine.capacity`` requests are in flight, and the next is drawn only then.
 
-    A request that cannot be answered gives a Reply with ``error``. Leaving the iteration cancels what is in flight.
+    A request that cannot be answered gives a Reply with ``error``; text is as the model wrote it, blanks included.
+    Leaving the iteration cancels what is in flight. Raises EngineError when the engine cannot go on.
     """
     waiting, parts = iter(requests), dict[str, _Parts]()
     exhausted = False
@@ -155,6 +162,9 @@ def replies(engine: Engine, requests: Iterable[Request]) -> Iterator[Reply]:
             for delta in engine.step() if parts else ():
                 if delta.id in parts and parts[delta.id].add(delta):
                     yield parts.pop(delta.id).reply(delta.id)
+    except EngineError:
+        parts.clear()
+        raise
     finally:
         for id in parts:
             engine.cancel(id)
@@ -175,6 +185,9 @@ def stream(engine: Engine, request: Request) -> Iterator[Delta]:
                 if delta.id == request.id:
                     left = 0 if delta.finish_reason == "error" else left - (delta.finish_reason is not None)
                     yield delta
+    except EngineError:
+        left = 0
+        raise
     finally:
         if left:
             engine.cancel(request.id)
@@ -190,12 +203,15 @@ class _Parts:
         self.logprobs: list[list[float]] = [[] for _ in range(n)]
         self.reasons: list[Literal["stop", "length", "cancelled"] | None] = [None] * n
         self.error = ""
+        self.num_prompt_tokens: int | None = None
 
     def add(self, delta: Delta) -> bool:
         """Whether the request is finished."""
         if delta.finish_reason == "error":
             self.error = delta.error or "unknown error"
             return True
+        if delta.num_prompt_tokens is not None:
+            self.num_prompt_tokens = delta.num_prompt_tokens
         self.texts[delta.index].append(delta.text)
         self.ids[delta.index] += delta.ids
         self.logprobs[delta.index] += delta.logprobs
@@ -212,4 +228,4 @@ class _Parts:
             for text, ids, logprobs, reason in rows
             if reason is not None
         )
-        return Reply(id=id, completions=done)
+        return Reply(id=id, completions=done, num_prompt_tokens=self.num_prompt_tokens)

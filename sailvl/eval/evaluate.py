@@ -1,7 +1,8 @@
 """Ask every question once, judge each answer, and keep everything a reader needs to check the figures.
 
-``out/answers.jsonl`` has one line per answer, in the order they came, written and synced after every chunk: a killed
-evaluation goes on where it stopped and asks nothing twice. A line torn by the kill is cut off and asked again.
+``out/answers.jsonl`` has one line per answer, in the order they came, written as each is finished: a killed evaluation
+goes on where it stopped and asks nothing twice. A line torn by the kill is cut off and asked again. Figures do not
+depend on the order: they are made in the order of the questions.
 ``out/scores.json`` appears at the end, in one piece. ``out/pictures/`` keeps a few pictures per family, small, some
 with right answers and some with wrong ones, so that the report can show them without the data.
 
@@ -17,27 +18,23 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 from rich.progress import Progress
 
+from sailvl.engine.base import Engine, Reply, Request, Sampling, replies
 from sailvl.eval.metrics import Headline, Judged, Score, by_family, headline, summarise
 from sailvl.eval.pictures import keep, picture_name
 from sailvl.media import MediaError
-from sailvl.types import IMAGE_PLACEHOLDER, Completion, Question, Record, RecordError
+from sailvl.types import IMAGE_PLACEHOLDER, Question, Record, RecordError
 from sailvl.verify import score
 
-
-class Engine(Protocol):
-    """Whatever answers prompts: completions in the order of the records."""
-
-    def answer(
-        self, records: Sequence[Record], images: Sequence[Sequence[Image.Image]], *, max_new_tokens: int
-    ) -> list[Completion]: ...
+SYNC_SECONDS = 1.0
+"""A power cut loses the answers of so long at most; a kill loses none that were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +65,13 @@ def evaluate(
     *,
     max_new_tokens: int,
     progress: Progress | None = None,
-    chunk: int = 128,
     keep_pictures: int = 8,
 ) -> Scores:
     """Answer, judge and record all questions in the folder ``out``; goes on with what is there already.
 
-    ``chunk`` questions are answered together: what a kill loses at most. ``keep_pictures`` is per family. Raises
-    ValueError for duplicate ids, truths that their own verifier refuses, and answers of another benchmark in ``out``.
+    Pictures are made when a question's turn comes. ``keep_pictures`` is per family. Raises ValueError for duplicate
+    ids, truths that their own verifier refuses, and answers of another benchmark in ``out``; EngineError if the engine
+    cannot go on.
     """
     check(questions)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,20 +86,22 @@ def evaluate(
     )
     kept = Counter((row["family"], row["score"] >= 1) for row in rows.values() if row["picture"])
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for start in range(0, len(pending), chunk):
-            part = pending[start : start + chunk]
-            for row, pictures in _ask(engine, part, images, max_new_tokens):
-                verdict = (row["family"], row["score"] >= 1)
-                if pictures and kept[verdict] < keep_pictures / 2:
-                    keep(pictures, out / "pictures" / picture_name(row["id"]))
-                    row["picture"] = True
-                    kept[verdict] += 1
-                rows[row["id"]] = row
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        synced = time.monotonic()
+        for row, pictures in _ask(engine, pending, images, max_new_tokens):
+            verdict = (row["family"], row["score"] >= 1)
+            if pictures and kept[verdict] < keep_pictures / 2:
+                keep(pictures, out / "pictures" / picture_name(row["id"]))
+                row["picture"] = True
+                kept[verdict] += 1
+            rows[row["id"]] = row
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            if time.monotonic() - synced >= SYNC_SECONDS:
+                os.fsync(file.fileno())
+                synced = time.monotonic()
             if progress and task is not None:
-                progress.advance(task, len(part))
+                progress.advance(task)
+        os.fsync(file.fileno())
     scores = tally([rows[question.record.id] for question in questions])
     write_atomic(out / "scores.json", json.dumps(asdict(scores), ensure_ascii=False, indent=1) + "\n")
     return scores
@@ -151,69 +150,66 @@ def _ask(
     questions: Sequence[Question],
     images: Callable[[Record], Sequence[Image.Image]],
     max_new_tokens: int,
-) -> list[tuple[dict[str, Any], Sequence[Image.Image]]]:
-    """Rows and pictures of a chunk; ``seconds`` of a row is its even share of the chunk's time."""
-    began = time.perf_counter()
-    pictures: dict[str, Sequence[Image.Image]] = {}
-    faults: dict[str, str] = {}
-    for question in questions:
-        try:
-            pictures[question.record.id] = images(question.record)
-        except (MediaError, RecordError) as error:
-            faults[question.record.id] = str(error)
-    askable = [question for question in questions if question.record.id in pictures]
-    replies = _answer(engine, askable, pictures, max_new_tokens, faults)
-    seconds = (time.perf_counter() - began) / len(questions)
-    rows = []
-    for question in questions:
-        name = question.record.id
-        row = _row(question, replies.get(name), faults.get(name, ""), seconds)
-        rows.append((row, pictures.get(name, ())))
-    return rows
+) -> Iterator[tuple[dict[str, Any], Sequence[Image.Image]]]:
+    """Rows and pictures as they come; ``seconds`` of a row is the time since the row before, so that they add up."""
+    asked: dict[str, tuple[Question, Sequence[Image.Image]]] = {}
+    broken: list[Reply] = []
+
+    def requests() -> Iterator[Request]:
+        for question in questions:
+            record = question.record
+            try:
+                pictures = images(record)
+            except (MediaError, RecordError) as error:
+                asked[record.id] = (question, ())
+                broken.append(Reply(id=record.id, error=str(error)))
+                continue
+            asked[record.id] = (question, pictures)
+            yield Request(
+                id=record.id, record=record, images=pictures, sampling=Sampling(max_new_tokens=max_new_tokens)
+            )
+
+    def answers() -> Iterator[Reply]:
+        for reply in replies(engine, requests()):
+            yield from _emptied(broken)
+            yield reply
+        yield from _emptied(broken)
+
+    before = time.perf_counter()
+    for reply in answers():
+        question, pictures = asked.pop(reply.id)
+        now = time.perf_counter()
+        yield _row(question, reply, now - before), pictures
+        before = now
 
 
-def _answer(
-    engine: Engine,
-    questions: Sequence[Question],
-    pictures: dict[str, Sequence[Image.Image]],
-    max_new_tokens: int,
-    faults: dict[str, str],
-) -> dict[str, Completion]:
-    """Completions by id. A refused batch is halved until the culprit stands alone; its reason goes to ``faults``."""
-    if not questions:
-        return {}
-    records = [question.record for question in questions]
-    try:
-        replies = engine.answer(records, [pictures[record.id] for record in records], max_new_tokens=max_new_tokens)
-    except RecordError as error:
-        if len(questions) == 1:
-            faults[records[0].id] = str(error)
-            return {}
-        half = len(questions) // 2
-        parts = (
-            _answer(engine, part, pictures, max_new_tokens, faults) for part in (questions[:half], questions[half:])
-        )
-        return {name: reply for replies in parts for name, reply in replies.items()}
-    return {record.id: reply for record, reply in zip(records, replies, strict=True)}
+def _emptied(replies: list[Reply]) -> list[Reply]:
+    """What is in the list, which is empty afterwards."""
+    found = replies.copy()
+    replies.clear()
+    return found
 
 
-def _row(question: Question, reply: Completion | None, error: str, seconds: float) -> dict[str, Any]:
+def _row(question: Question, reply: Reply | None, seconds: float) -> dict[str, Any]:
+    """What is written about an answer, blanks around it cut off; without a reply, what is known before."""
+    given = reply.completions[0] if reply and reply.completions else None
+    answer = given.text.strip() if given else ""
     asked = [message.text for message in question.record.messages if message.role == "user"]
     return {
         "id": question.record.id,
         "family": question.family,
         "lang": question.lang,
         "question": asked[-1].replace(IMAGE_PLACEHOLDER, "").strip() if asked else "",
-        "answer": reply.text if reply else "",
+        "answer": answer,
         "truth": question.truth,
-        "score": score(question, reply.text) if reply else 0.0,
+        "score": score(question, answer) if given else 0.0,
         "chance": question.chance,
         "verifier": question.verifier,
-        "tokens": len(reply.ids) if reply else 0,
-        "finish": reply.finish_reason if reply else "error",
+        "tokens": len(given.ids) if given else 0,
+        "finish": given.finish_reason if given else "error",
         "seconds": round(seconds, 4),
         "picture": False,
-        "error": error,
+        "error": reply.error if reply else "",
     }
 
 
@@ -238,7 +234,7 @@ def _resume(path: Path) -> list[dict[str, Any]]:
 def _same_benchmark(questions: Sequence[Question], rows: dict[str, dict[str, Any]], path: Path) -> None:
     for question in questions:
         row = rows.get(question.record.id)
-        now = _row(question, None, "", 0.0)
+        now = _row(question, None, 0.0)
         if row and any(row[key] != now[key] for key in ("question", "truth", "chance", "verifier")):
             raise ValueError(f"{path}: {now['id']} was asked in another form; delete the folder to evaluate anew")
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sailvl.engine.base import Request
+from sailvl.engine.fake import Fake
 from sailvl.eval import report
 from sailvl.eval.evaluate import evaluate
 from sailvl.eval.runfolder import changes, marks, read
-from sailvl.types import Completion, Message, Picture, Question, Record
+from sailvl.types import Message, Picture, Question, Record
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -81,20 +83,15 @@ def ask(number: int, family: str, words: str) -> Question:
     )
 
 
-class Skilled:
-    """Right on the first ``right`` of eight questions; wrong answers are ``wrong``."""
+def skilled(right: int, wrong: str = "blue") -> Fake:
+    """An engine that is right on the first ``right`` of eight questions; wrong answers are ``wrong``."""
 
-    def __init__(self, right: int, wrong: str = "blue") -> None:
-        self.right, self.wrong = right, wrong
+    def answer(request: Request) -> str:
+        family, _, number = request.id.rpartition("-")
+        truth = "<box>[[100,200,300,400]]</box>" if family == "where" else "red"
+        return truth if int(number) < right else wrong
 
-    def answer(self, records, images, *, max_new_tokens):
-        replies = []
-        for record in records:
-            family, _, number = record.id.rpartition("-")
-            truth = "<box>[[100,200,300,400]]</box>" if family == "where" else "red"
-            text = truth if int(number) < self.right else self.wrong
-            replies.append(Completion(text=text, ids=(1,), finish_reason="stop"))
-        return replies
+    return Fake(answer)
 
 
 def pictures(record: Record) -> list[Image.Image]:
@@ -112,7 +109,7 @@ def run_stage(run: Path, number: int, spec: dict, right: int, *, words: str = "c
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = [ask(n, family, words) for family in ("colour", "where") for n in range(8)]
-    evaluate(Skilled(right, wrong), questions, pictures, folder / "eval", max_new_tokens=4)
+    evaluate(skilled(right, wrong), questions, pictures, folder / "eval", max_new_tokens=64)
     surroundings = {"hardware": {"cpu": "Abacus 3"}, "versions": {"torch": "2.13.0"}, "commit": "c0ffee"}
     (folder / "done.json").write_text(json.dumps({"stage": spec["name"], "seconds": 90.0} | surroundings))
     return folder
