@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ import typer
 from PIL import Image
 
 from sailvl import cli
+from sailvl.geometry import ImagePolicy
 from sailvl.recipes.nano import NANO
+from sailvl.types import Completion
 
 FROZEN = Path(__file__).with_name("cli_frozen.txt")
 ROOT = Path(__file__).parents[1]
@@ -55,7 +58,7 @@ def test_cli_frozen() -> None:
     )
 
 
-@pytest.mark.parametrize("verb", ["run", "train", "plan", "ask", "soup", "report", "doctor"])
+@pytest.mark.parametrize("verb", "convert run train plan ask eval score experts soup report doctor".split())
 def test_every_verb_has_help_with_an_example(sail: Any, verb: str) -> None:
     code, out, _ = sail(verb, "--help")
     assert code == 0 and f"  sailvl {verb}" in out
@@ -245,6 +248,96 @@ def test_ask_takes_any_picture_and_several_and_none(sail: Any, trained: Path, tm
     assert code == 0
     code, _, err = sail("ask", "dot.png", "<image> or <image>?", *model)
     assert code == 2 and err.count("\n") == 1
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for the model: says what is put in, and keeps the request it was asked."""
+    kept: dict[str, Any] = {"text": "nothing"}
+
+    def answer(engine: Any, request: Any, *, aloud: bool) -> Completion:
+        kept["request"] = request
+        return Completion(text=kept["text"], ids=(1, 2), finish_reason="stop")
+
+    monkeypatch.setattr(cli.asking, "_answer", answer)
+    return kept
+
+
+def test_ask_about_videos_and_pictures(
+    sail: Any, trained: Path, tmp_path: Path, clips: ModuleType, said: dict[str, Any]
+) -> None:
+    (tmp_path / "a.MP4").write_bytes(clips.clip(20))
+    (tmp_path / "moves.gif").write_bytes(clips.clip(4, codec="gif", container="gif", size=(32, 16)))
+    Image.new("RGB", (10, 8)).save(tmp_path / "still.gif")
+    Image.new("RGB", (12, 9)).save(tmp_path / "one.png")
+    model = ["--model", str(trained / "run")]
+    words = ["one.png", "a.MP4", "moves.gif", "still.gif", "What moves?"]
+    code, out, err = sail("ask", *words, *model, "--num-frames", "3", "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == words[:-1]
+    request = said["request"]
+    assert [picture.frame for picture in request.record.pictures] == [False, *[True] * 6, False]
+    assert [image.size for image in request.images] == [(12, 9), *[(64, 48)] * 3, *[(32, 16)] * 3, (10, 8)]
+    assert [(p.width, p.height) for p in request.record.pictures] == [image.size for image in request.images]
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.MP4").read_bytes()[:1500])
+    (tmp_path / "words.webm").write_text("no video")
+    code, _, err = sail("ask", "cut.mp4", "words.webm", "absent.mov", "What?", *model)
+    assert code == 2 and [line.split(":")[0] for line in err.splitlines()] == ["cut.mp4", "words.webm", "absent.mov"]
+
+
+def test_ask_answers_about_a_video(sail: Any, trained: Path, tmp_path: Path, clips: ModuleType) -> None:
+    (tmp_path / "a.mp4").write_bytes(clips.clip(5))
+    code, out, err = sail(
+        "ask",
+        "a.mp4",
+        "What moves?",
+        "--num-frames",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--model",
+        str(trained / "run"),
+        "--json",
+    )
+    assert code == 0 and json.loads(out)["tokens"] >= 1, err
+
+
+def test_ask_says_how_pictures_are_cut(sail: Any, trained: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+    Image.new("RGB", (12, 9)).save(tmp_path / "one.png")
+    model = ["--model", str(trained / "run")]
+    assert sail("ask", "one.png", "What?", *model)[0] == 0
+    assert said["request"].policy == ImagePolicy()
+    assert sail("ask", "one.png", "What?", *model, "--max-tiles", "24", "--msac", "--upscale", "2")[0] == 0
+    assert said["request"].policy == ImagePolicy(max_tiles=24, msac=True, upscale=2.0)
+    for wrong in (["--max-tiles", "0"], ["--upscale", "9"], ["--num-frames", "0"]):
+        code, _, err = sail("ask", "one.png", "What?", *model, *wrong)
+        assert code == 2 and wrong[0] in err
+
+
+def test_ask_draws_boxes(sail: Any, trained: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+    Image.new("RGB", (400, 200), "white").save(tmp_path / "photo.png")
+    call = ["ask", "photo.png", "Where is it?", "--model", str(trained / "run"), "--boxes"]
+    said["text"] = "<ref>it</ref><box>[[250,500,500,1000]]</box>"
+    code, out, err = sail(*call, "found.png")
+    assert (code, out, err) == (0, said["text"] + "\n", "1 box: found.png\n")
+    drawn = Image.open(tmp_path / "found.png")
+    assert drawn.size == (400, 200) and drawn.getpixel((100, 150)) != (255, 255, 255) == drawn.getpixel((150, 150))
+    code, out, err = sail(*call, "found.jpg", "--json")
+    place = {"x1": 100.0, "y1": 100.0, "x2": 200.0, "y2": 200.0, "label": "it", "corners": []}
+    assert code == 0 and json.loads(out)["boxes"] == [place] and not err
+    said["text"] = "I cannot see it."
+    code, _, err = sail(*call, "none.png")
+    assert code == 0 and err == "no boxes in the answer\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.jpg", "found.png", "photo.png"]
+    for out_name, reason in (
+        ("photo.png", "the picture itself"),
+        ("a.txt", "a picture's name"),
+        ("no/a.png", "no folder"),
+    ):
+        code, _, err = sail(*call, out_name)
+        assert code == 2 and reason in err
+    code, _, err = sail("ask", "Where?", "--model", str(trained / "run"), "--boxes", "a.png")
+    assert code == 2 and "needs a picture" in err
 
 
 def test_training_again_keeps_what_is_done_and_report_and_soup_work(sail: Any, trained: Path, tmp_path: Path) -> None:
