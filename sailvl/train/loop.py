@@ -22,11 +22,12 @@ import torch
 from rich.progress import Progress
 
 from sailvl import log
-from sailvl.config import digest, to_dict
-from sailvl.curriculum import NOT_HASHED, Train
+from sailvl.config import digest
+from sailvl.curriculum import Train, hashed_fields
 from sailvl.data.loader import Loader
 from sailvl.data.source import Source
 from sailvl.model import checkpoint as model_checkpoint
+from sailvl.model import convert, lora
 from sailvl.model.modeling import SailVLForConditionalGeneration
 from sailvl.model.processing import SailVLProcessor
 from sailvl.train import checkpoint, optim, schedule
@@ -44,9 +45,12 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """``model`` is the finished model's folder; ``loss`` that of the last metrics row, in nats per supervised token."""
+    """``model`` is the finished model's folder, ``adapter`` that of its adapters if it learned through them (they are
+    merged into the model); ``loss`` is that of the last metrics row, in nats per supervised token.
+    """
 
     model: Path
+    adapter: Path | None = None
     steps: int
     loss: float | None
     precision: str
@@ -69,7 +73,7 @@ def train(
     SIGTERM) after saving when told to stop, CheckpointError when a checkpoint does not fit or cannot be written, and
     DivergedError after three consecutive steps without a finite loss and gradient.
     """
-    identity = digest({name: value for name, value in to_dict(stage).items() if name not in NOT_HASHED})
+    identity = digest(hashed_fields(stage))
     with ExitStack() as stack:
         state = set_up(stage, model, processor, sources, workers)
         stack.enter_context(closing(state.loader))
@@ -120,10 +124,21 @@ def train(
             if stop.requested and state.step < stage.steps:
                 stop.leave()
 
+    adapter = out / "adapter" if stage.lora else None
+    if adapter is not None:
+        # What later stages and servers get is what is on disk: the base as it was, and the folder merged into it.
+        lora.save(model, adapter)
+        lora.detach(model)
+        convert.merge_adapter(model, adapter, processor)
     model_checkpoint.save(model, processor, out / "model")
     last = log.read(out / "metrics.jsonl")[-1]
     return TrainResult(
-        model=out / "model", steps=state.step, loss=last["loss"], precision=state.precision, totals=state.totals
+        model=out / "model",
+        adapter=adapter,
+        steps=state.step,
+        loss=last["loss"],
+        precision=state.precision,
+        totals=state.totals,
     )
 
 
@@ -143,8 +158,10 @@ def set_up(
         model_checkpoint.reset_projector(model, stage.seed)
     if model.dtype in (torch.bfloat16, torch.float16):
         model.float()  # type: ignore[no-untyped-call]
+    if stage.lora is not None:
+        lora.attach(model, stage.trains, rank=stage.lora.rank, alpha=stage.lora.alpha, seed=stage.seed)
     model.train()
-    optim.freeze(model, stage.trains)
+    optim.freeze(model, stage.trains, adapters=stage.lora is not None)
     loader = Loader(
         sources,
         stage.data.shares,

@@ -1,7 +1,8 @@
 """Which parameters a stage trains, and the one AdamW that trains them.
 
-Weight decay falls on weight matrices, including the (tied) token embedding, and not on norms, biases or the vision
-encoder's position embedding: the common practice of language-model and ViT training code (the report names neither).
+Weight decay falls on weight matrices, including the (tied) token embedding and adapters, and not on norms, biases or
+the vision encoder's position embedding: the common practice of language-model and ViT training code (the report names
+neither).
 
 Always PyTorch's *fused* AdamW, on every device. Its roundings differ from the for-loop's by about 1e-6 after a few
 steps, so one implementation is fixed for reproducibility; it is also the fastest, and it can skip an update on the
@@ -15,18 +16,19 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sailvl.curriculum import Train
+from sailvl.model import lora
 from sailvl.model.checkpoint import PARTS, part_parameters
 from sailvl.model.modeling import SailVLForConditionalGeneration
 
 
-def freeze(model: SailVLForConditionalGeneration, trains: Sequence[str]) -> None:
-    """Let exactly the parts in ``trains`` learn. ValueError for an unknown part, or none at all."""
+def freeze(model: SailVLForConditionalGeneration, trains: Sequence[str], *, adapters: bool = False) -> None:
+    """Let the parts in ``trains`` learn, or only their ``adapters``. ValueError for an unknown part, or none at all."""
     unknown = sorted(set(trains) - set(PARTS))
     if unknown or not trains:
         raise ValueError(f"a stage trains some of {list(PARTS)}, not {unknown or 'nothing'}")
     for part in PARTS:
-        for _, parameter in part_parameters(model, part):
-            parameter.requires_grad_(part in trains)
+        for name, parameter in part_parameters(model, part):
+            parameter.requires_grad_(part in trains and (lora.is_adapter(name) or not adapters))
 
 
 def build(model: SailVLForConditionalGeneration, stage: Train) -> torch.optim.AdamW:
@@ -36,7 +38,7 @@ def build(model: SailVLForConditionalGeneration, stage: Train) -> torch.optim.Ad
         if part not in stage.trains:
             continue
         for decays in (True, False):
-            chosen = [p for name, p in part_parameters(model, part) if _decays(name, p) == decays]
+            chosen = [p for name, p in part_parameters(model, part) if p.requires_grad and _decays(name, p) == decays]
             groups.append(
                 {
                     "params": chosen,
