@@ -40,11 +40,13 @@ Name = Annotated[str, AfterValidator(_folder_name)]
 HASH_VERSION = 1
 """Raise when a change of the code makes finished stages invalid."""
 
-NOT_HASHED = ("save_every", "log_every")
-"""Fields that cannot change a stage's weights."""
+NOT_HASHED = ("save_every", "log_every", "keep_last", "keep_best", "validation", "parallel")
+"""Fields that cannot change a stage's weights (``parallel``: but for rounding)."""
 
-ABSENT = ("lora",)
-"""Fields that came later: while they are None, a stage keeps the hash it had without them."""
+LATER = (
+    "lora", "weighting", "answer_only", "z_loss", "balance_loss", "sync_pool", "lane_group", "ema", "num_frames"
+)  # fmt: skip
+"""Fields that came later: at their defaults, a stage or source keeps the hash it had without them."""
 
 MIN_WINDOW = 3
 """AdaLRS estimates a slope and its error: fewer points leave no degree of freedom."""
@@ -113,12 +115,51 @@ class Lora:
 
 
 @value
+class Parallel:
+    """How processes and memory share a stage; nothing here changes what is computed, but for rounding.
+
+    ``shard``: "zero3" gathers a block's weights for each use, "zero2" keeps them gathered from forward to backward.
+    ``replicas`` (HSDP): so many groups of processes hold all weights each, usually one a node. ``experts``: processes
+    that share one set of experts. ``offload`` keeps weights and optimizer in host memory. ``checkpointing`` recomputes
+    activations: "full" all of a language model's block, "selective" all but its products of matrices.
+    ``packs_per_forward`` joins packs of several lanes. ``save_async`` trains on while a checkpoint is written.
+    """
+
+    shard: Literal["zero2", "zero3"] = "zero3"
+    replicas: Count = 1
+    experts: Count = 1
+    offload: bool = False
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    packs_per_forward: Count = 1
+    save_async: bool = False
+
+
+@value
+class Validation:
+    """The loss on ``packs`` packs of held-out data, the same ones every time, after each ``every`` steps."""
+
+    data: Mixture
+    every: Count
+    packs: Count = 8
+
+
+@value
 class Train:
     """One training run. ``init`` names an earlier stage (None: the curriculum's model).
 
     ``trains`` lists the parts that learn, ``fresh`` those that start from new random weights. With ``lora`` the parts
     learn through adapters alone; the finished stage has the adapters, and the model with them merged in. One step
     consumes ``lanes`` packs, each of at most ``max_tokens`` tokens and ``max_tiles`` tiles.
+
+    ``weighting`` is what counts alike in the loss: every supervised token, every sample, or (sqrt) a sample by the
+    square root of its supervised tokens. Packing many samples into a step makes the choice matter. Of the sources
+    named in ``answer_only`` the thought before an answer is not learned. ``z_loss`` weighs the squared log of the
+    softmax's sum, ``balance_loss`` how unevenly experts are used.
+
+    ``sync_pool`` ready packs wait in each lane, so that lanes of one of the groups of ``lane_group`` can take packs of
+    equal cost (0: none wait). ``ema`` is the decay of an average of the weights, kept beside the model.
+    ``keep_best`` checkpoints of the lowest validation loss are kept beside the ``keep_last`` newest.
     """
 
     kind: Literal["train"] = "train"
@@ -140,8 +181,19 @@ class Train:
     max_grad_norm: Positive = 1.0
     seed: Natural = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    weighting: Literal["token", "sample", "sqrt"] = "token"
+    answer_only: tuple[str, ...] = ()
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    balance_loss: Annotated[float, Field(ge=0)] = 0.001
+    sync_pool: Natural = 0
+    lane_group: Count = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    validation: Validation | None = None
+    parallel: Parallel = Parallel()
     save_every: Count = 100
     log_every: Count = 10
+    keep_last: Count = 2
+    keep_best: Natural = 0
 
 
 @value
@@ -265,10 +317,20 @@ def _check_train(
     faults = []
     if stage.init is not None and stage.init not in earlier:
         faults.append((f"{path}.init", _not_earlier(stage.init, stage.name, earlier, every)))
-    for name in stage.data.shares:
-        if name not in curriculum.sources:
-            hint = did_you_mean(name, curriculum.sources)
-            faults.append((f"{path}.data.shares.{name}", f"no source has this name; {hint}"))
+    mixtures = {"data": stage.data} | ({"validation.data": stage.validation.data} if stage.validation else {})
+    for field, mixture in mixtures.items():
+        for name in mixture.shares:
+            if name not in curriculum.sources:
+                hint = did_you_mean(name, curriculum.sources)
+                faults.append((f"{path}.{field}.shares.{name}", f"no source has this name; {hint}"))
+    for name in stage.answer_only:
+        if name not in stage.data.shares:
+            hint = did_you_mean(name, stage.data.shares)
+            faults.append((f"{path}.answer_only", f"the stage has no source '{name}'; {hint}"))
+    if stage.keep_best and stage.validation is None:
+        faults.append((f"{path}.keep_best", "the best are those of the lowest validation loss: give a validation"))
+    if stage.lanes % stage.lane_group:
+        faults.append((f"{path}.lane_group", f"{stage.lanes} lanes do not make groups of {stage.lane_group}"))
     for part in stage.fresh:
         if part not in stage.trains:
             faults.append((f"{path}.fresh", f"a fresh {part} that is not trained stays random; add it to trains"))
@@ -348,6 +410,11 @@ def _not_earlier(name: str, own: str, earlier: Mapping[str, Train | Soup], every
     if name in every:
         return f"'{name}' comes later; put it before this stage"
     return f"no earlier stage is called '{name}'; {did_you_mean(name, earlier)}"
+
+
+def sources_of(stage: Train) -> list[str]:
+    """Names of the sources a stage reads, for training and validation, sorted."""
+    return sorted({*stage.data.shares, *(stage.validation.data.shares if stage.validation else ())})
 
 
 def adalrs_window(schedule: AdaLRS, steps: int) -> int:
@@ -439,8 +506,13 @@ def _shrink_schedule(schedule: Constant | Cosine | WSD, factor: float, *, limit:
 
 def hashed_fields(stage: Train | Soup) -> dict[str, Any]:
     """The fields of a stage that decide its weights, as plain data."""
-    fields = to_dict(stage).items()
-    return {key: item for key, item in fields if key not in NOT_HASHED and (key not in ABSENT or item is not None)}
+    return {key: item for key, item in _known_before(stage).items() if key not in NOT_HASHED}
+
+
+def _known_before(value: Any) -> dict[str, Any]:
+    """Its fields as plain data, without later ones that are at their default."""
+    defaults = {field.name: to_dict(field.default) for field in dataclasses.fields(value)}
+    return {key: item for key, item in to_dict(value).items() if key not in LATER or item != defaults[key]}
 
 
 def stage_hash(curriculum: Curriculum, name: str, fingerprints: Mapping[str, str] | None = None) -> str:
@@ -461,7 +533,7 @@ def stage_hash(curriculum: Curriculum, name: str, fingerprints: Mapping[str, str
         else:
             parents = [hash_of(stages[stage.init]) if stage.init else digest(curriculum.model)]
             content["sources"] = {
-                source: [to_dict(curriculum.sources[source]), (fingerprints or {}).get(source, "")]
+                source: [_known_before(curriculum.sources[source]), (fingerprints or {}).get(source, "")]
                 for source in stage.data.shares
             }
         known[stage.name] = digest({"version": HASH_VERSION, "stage": content, "parents": parents})

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sailvl.config import ConfigError, digest, to_dict
-from sailvl.curriculum import Checkpoint, Curriculum, Fresh, Jsonl, Probe, Soup, Synth, Train, check, stage_hash
+from sailvl.curriculum import (
+    Checkpoint, Curriculum, Fresh, Jsonl, Probe, Soup, Synth, Train, check, sources_of, stage_hash,
+)  # fmt: skip
 from sailvl.doctor import surroundings
 from sailvl.lock import lock
 
@@ -153,7 +155,7 @@ def _run_stage(
     from sailvl.train.loop import train
 
     model, processor = first_model(curriculum, stage, folders)
-    needed = {name: sources[name] for name in stage.data.shares}
+    needed = {name: sources[name] for name in sources_of(stage)}
     result = train(stage, model, processor, needed, folder, workers=workers, progress=progress)
     found = {"steps": result.steps, "loss": result.loss, "precision": result.precision, **vars(result.totals)}
     return found
@@ -272,7 +274,7 @@ def _probe_id(probe: Probe) -> str:
 
 def open_sources(curriculum: Curriculum) -> dict[str, Source]:
     """Open every source that a stage uses. Raises ConfigError that lists all the files that are missing."""
-    used = {name for stage in curriculum.stages if isinstance(stage, Train) for name in stage.data.shares}
+    used = {name for stage in curriculum.stages if isinstance(stage, Train) for name in sources_of(stage)}
     errors = []
     opened: dict[str, Source] = {}
     for name in sorted(used):
