@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sailvl.config import ConfigError, digest, to_dict
 from sailvl.curriculum import (
-    Checkpoint, Curriculum, Fresh, Jsonl, Probe, Soup, Synth, Train, check, sources_of, stage_hash,
+    Checkpoint,
+    Curriculum,
+    Fresh,
+    Jsonl,
+    Probe,
+    Soup,
+    Synth,
+    Train,
+    check,
+    sources_of,
+    stage_hash,
 )  # fmt: skip
 from sailvl.doctor import surroundings
 from sailvl.lock import lock
