@@ -33,7 +33,7 @@ from sailvl.curriculum import (
     check,
     sources_of,
     stage_hash,
-)  # fmt: skip
+)
 from sailvl.doctor import surroundings
 from sailvl.lock import lock
 

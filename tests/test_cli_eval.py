@@ -11,6 +11,7 @@ import pytest
 
 from sailvl import cli
 from sailvl.engine.fake import Fake
+from tests.clips import clip
 from tests.eval.test_predict import table_of
 
 
@@ -62,6 +63,20 @@ def test_a_table_that_cannot_be_used_fails_alone(sail: Any, tmp_path: Path, monk
     monkeypatch.setattr("sailvl.engine.remote.Remote", lambda *_, **__: Fake("A"))
     code, out, _ = sail("eval", "--base-url", "http://x", "--data", "bad,good", "--lmu-dir", ".")
     assert code == 1 and "bad.tsv" in out and "good: 100.00" in out
+
+
+def test_clips_lie_in_a_folder_of_choice(sail: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/a.mp4").write_bytes(clip(20))
+    (tmp_path / "MVBench.tsv").write_text(
+        "index\tvideo\tquestion\tcandidates\tanswer\n0\ta\tWhat?\t['x', 'y']\tx\n"
+    )
+    monkeypatch.setattr("sailvl.engine.remote.Remote", lambda *_, **__: Fake("A"))
+    words = ("eval", "--base-url", "http://x", "--data", "MVBench", "--lmu-dir", ".", "--video-dir")
+    code, _, err = sail(*words, "nowhere")
+    assert code == 2 and "--video-dir nowhere: no such folder" in err
+    code, out, _ = sail(*words, "clips")
+    assert code == 0 and "failed" not in out
 
 
 def test_scoring_a_file(sail: Any, tmp_path: Path) -> None:

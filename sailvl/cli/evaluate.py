@@ -49,6 +49,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longest answer; default 1024, with --thinking 4096.")
     ] = None,
     num_frames: Annotated[int, typer.Option(min=1, max=64, help="Frames of a clip.")] = 16,
+    video_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the clips; default videos/NAME beside the file.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set: a first look.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Answers in flight at once.")] = 32,
     judge_url: JudgeUrl = None,
@@ -86,6 +89,8 @@ def evaluate(
     if compare and compare not in {known for known, _ in printed()}:
         models = ", ".join(sorted({known for known, _ in printed() if known.startswith("SAIL-VL2")}))
         faults.append(f"--compare is '{compare}'; the report's own models are {models}")
+    if video_dir is not None and not video_dir.is_dir():
+        faults.append(f"--video-dir {video_dir}: no such folder")
     faults += _judge_faults(judge_url, judge_model)
     if faults:
         raise InputError("\n".join(faults))
@@ -99,6 +104,7 @@ def evaluate(
         num_frames=num_frames,
         limit=limit,
         strict=strict_fixes,
+        video_root=video_dir,
     )
     ask = functools.partial(
         evaluate_files,

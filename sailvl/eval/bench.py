@@ -38,7 +38,10 @@ MMBENCH_FOLDER = re.compile(r"MMBench_(DEV|TEST)_(EN|CN)_V11")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is asked of every data set. ``max_new_tokens`` None: 1,024, or 4,096 for a thought and an answer."""
+    """What is asked of every data set. ``max_new_tokens`` None: 1,024, or 4,096 for a thought and an answer.
+
+    ``video_root`` holds the clips that rows name (None: a folder beside the file that is called like the set).
+    """
 
     thinking: bool = False
     msac: bool = True
@@ -46,6 +49,7 @@ class Plan:
     num_frames: int = 16
     limit: int | None = None
     strict: bool = False
+    video_root: Path | None = None
 
     def asking(self, benchmark: Benchmark) -> Asking:
         """How one benchmark is asked."""
@@ -101,7 +105,7 @@ def evaluate_file(
     asking = plan.asking(benchmark)
     folder = out / model / table.name
     before = _tiles(engine)
-    asked = predict(engine, table, asking, folder, model=model_id, progress=progress)
+    asked = predict(engine, table, asking, folder, model=model_id, video_root=plan.video_root, progress=progress)
     file = exported / f"{model}_{table.name}.tsv"
     failures = export(table, asking, folder / "predictions.jsonl", file, model=model_id)
     result, verdicts, rows = score_file(
@@ -112,7 +116,7 @@ def evaluate_file(
         speed["answers_per_second"] = round(asked.asked / asked.seconds, 3)
     encoded, reused = (now - then for now, then in zip(_tiles(engine), before, strict=True))
     result = replace(result, failures=failures, speed={**speed, "encoded_tiles": encoded, "reused_tiles": reused})
-    _keep_samples(table, asking, verdicts, rows, folder)
+    _keep_samples(table, asking, plan.video_root, verdicts, rows, folder)
     save(result, verdicts, folder)
     return result
 
@@ -170,7 +174,14 @@ def _tiles(engine: Engine) -> tuple[float, float]:
     return float(getattr(engine, "encoded_tiles", 0)), float(getattr(engine, "reused_tiles", 0))
 
 
-def _keep_samples(table: Table, asking: Asking, verdicts: Sequence[Verdict], rows: Sequence[Row], folder: Path) -> None:
+def _keep_samples(
+    table: Table,
+    asking: Asking,
+    video_root: Path | None,
+    verdicts: Sequence[Verdict],
+    rows: Sequence[Row],
+    folder: Path,
+) -> None:
     """Some answers with their pictures, spread over the set: what a reader checks a figure by."""
     by_index = {str(verdict.index): verdict for verdict in verdicts}
     judged = [(n, by_index[str(row["index"])]) for n, row in enumerate(rows) if str(row["index"]) in by_index]
@@ -192,7 +203,7 @@ def _keep_samples(table: Table, asking: Asking, verdicts: Sequence[Verdict], row
             "picture": None,
         }
         try:
-            images = request(table, number, asking).images
+            images = request(table, number, asking, video_root).images
             if images:
                 name = picture_name(f"{table.name}-{row['index']}")
                 keep(list(images)[:4], folder / "pictures" / name)
