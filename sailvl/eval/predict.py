@@ -278,8 +278,11 @@ def _clip(table: Table, number: int, video_root: Path | None) -> Path:
     if name is None:
         parts = [str(row.get(column) or "") for column in ("video", "suffix")]
         name = str(Path(str(row.get("prefix") or "")) / "".join(parts))
-    roots = [video_root / table.name, video_root] if video_root else [table.path.parent / "videos" / table.name, table.path.parent / table.name]
-    tried = [Path(root) / ending for root in [*roots, table.path.parent] for ending in (str(name), f"{name}.mp4")]
+    beside = table.path.parent
+    roots = [beside / "videos" / table.name, beside / table.name]
+    if video_root is not None:
+        roots = [video_root / table.name, video_root]
+    tried = [Path(root) / ending for root in [*roots, beside] for ending in (str(name), f"{name}.mp4")]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         raise MediaError(f"{table.path}: row {number + 1} (index {row['index']}): no clip {tried[0]}")
