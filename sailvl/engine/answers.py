@@ -11,16 +11,15 @@ from sailvl.engine.features import View
 from sailvl.engine.sampling import Choice, Chooser
 from sailvl.engine.text import Detokenizer
 from sailvl.model.chat import GROUNDING_TOKENS, IMAGE_END, IMAGE_START, IMAGE_TOKEN
-from sailvl.model.modeling import SailVLForConditionalGeneration
 from sailvl.model.processing import SailVLProcessor
 
 
-def sayable(model: SailVLForConditionalGeneration, processor: SailVLProcessor) -> tuple[set[int], list[int]]:
-    """(token ids that end an answer, sorted ids that are never said)."""
-    tokenizer, size = processor.tokenizer, model.config.text_config.vocab_size
-    ends = model.generation_config.eos_token_id
-    end_ids = set(ends if isinstance(ends, list) else [ends])
-    end_ids = (end_ids | {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}) - {None}
+def sayable(processor: SailVLProcessor, size: int, eos_ids: int | list[int] | None) -> tuple[set[int], list[int]]:
+    """(token ids that end an answer, sorted ids that are never said) of a vocabulary of ``size``."""
+    tokenizer = processor.tokenizer
+    ends = [*(eos_ids if isinstance(eos_ids, list) else [eos_ids])]
+    ends += tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end_ids = {token for token in ends if token is not None}
     # The tokenizer's own list of specials holds only those with a role; every token marked special counts here, the
     # image tokens whatever their mark, and rows of the embedding that no token uses: a fresh model would say them.
     banned = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -66,7 +66,8 @@ class Local:
         layers = set(getattr(text, "layer_types", None) or ["full_attention"])
         if layers != {"full_attention"} or text.sliding_window:
             raise ValueError("the language model attends through sliding windows, which this engine does not do")
-        self.end_ids, self.banned = sayable(model, processor)
+        size, eos_ids = model.config.text_config.vocab_size, model.generation_config.eos_token_id
+        self.end_ids, self.banned = sayable(processor, size, eos_ids)
         self.max_length = text.max_position_embeddings
         self._banned = torch.tensor(self.banned)
         self.features = Features(model, processor, budget_mb=feature_cache_mb)

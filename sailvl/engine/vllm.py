@@ -29,10 +29,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from sailvl.data.encode import prompt_ids
+from sailvl.engine.answers import sayable
 from sailvl.engine.base import Delta, EngineError, Request, Sampling
 from sailvl.geometry import AnyRes, Scheme, Tiling, enlarged, grid_of, num_image_tokens, schemes
 from sailvl.media import to_rgb
-from sailvl.model.chat import GROUNDING_TOKENS, IMAGE_END, IMAGE_START, IMAGE_TOKEN
 from sailvl.model.configuration import SailVLConfig
 from sailvl.model.processing import SailVLProcessor
 from sailvl.types import RecordError
@@ -89,7 +89,9 @@ class VLLM:
         most = self._scheme.max_tiles
         self._most, self._msac = most if most is None else max(most, max_tiles or 0), msac
         config = SailVLConfig.from_pretrained(model)
-        self._end_ids, self._bias = _tokens(self.processor, config.text_config.vocab_size)
+        eos_id = self.processor.tokenizer.eos_token_id
+        ends, banned = sayable(self.processor, config.text_config.vocab_size, eos_id)
+        self._end_ids, self._bias = sorted(ends), dict.fromkeys(banned, _BAN)
         self._adapter = None
         if adapter is not None:
             lora = import_module("vllm.lora.request")
@@ -261,17 +263,6 @@ def _sized(image: Image.Image, scheme: Scheme, frame: bool) -> Image.Image:
 def _likeliest(row: Mapping[int, Any], count: int) -> tuple[tuple[int, float], ...]:
     pairs = sorted(((token, found.logprob) for token, found in row.items()), key=lambda pair: -pair[1])
     return tuple(pairs[:count])
-
-
-def _tokens(processor: SailVLProcessor, vocab_size: int) -> tuple[list[int], dict[int, float]]:
-    """Ids that end an answer, and the bias that keeps image tokens, chat tokens and unused rows out of it."""
-    tokenizer = processor.tokenizer
-    ends = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])} - {None}
-    banned = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    banned |= {*tokenizer.convert_tokens_to_ids([IMAGE_START, IMAGE_TOKEN, IMAGE_END, "<|im_start|>"])}
-    banned |= set(range(len(tokenizer), vocab_size))
-    banned -= {*tokenizer.convert_tokens_to_ids(list(GROUNDING_TOKENS)), *ends}
-    return sorted(ends), dict.fromkeys(sorted(token for token in banned if token < vocab_size), _BAN)
 
 
 def _rank(adapter: Path) -> int:
