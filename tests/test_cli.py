@@ -314,6 +314,17 @@ def test_ask_says_how_pictures_are_cut(sail: Any, trained: Path, tmp_path: Path,
         assert code == 2 and wrong[0] in err
 
 
+def test_ask_by_llama_cpp(sail: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = sail("ask", "What?", "--model", str(trained / "run"), "--gguf", str(tmp_path / "gone.gguf"))
+    assert code == 2 and "gone.gguf: no such file" in err
+    (tmp_path / "lm.gguf").write_bytes(b"GGUF")
+    code, _, err = sail("ask", "What?", "--gguf", str(tmp_path / "lm.gguf"), "--quant", "int8")
+    assert code == 2 and "neither --quant nor --adapter" in err
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    code, _, err = sail("ask", "What?", "--model", str(trained / "run"), "--gguf", str(tmp_path / "lm.gguf"))
+    assert code == 1 and "pip install llama-cpp-python" in err
+
+
 def test_ask_draws_boxes(sail: Any, trained: Path, tmp_path: Path, said: dict[str, Any]) -> None:
     Image.new("RGB", (400, 200), "white").save(tmp_path / "photo.png")
     call = ["ask", "photo.png", "Where is it?", "--model", str(trained / "run"), "--boxes"]

@@ -46,6 +46,9 @@ def ask(
     quant: Annotated[
         str | None, typer.Option(metavar="int8", help="int8: half the weights' memory, faster answers on a CPU.")
     ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Language model of sailvl convert --gguf, run by llama.cpp.")
+    ] = None,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -59,6 +62,7 @@ def ask(
     sailvl ask scan.png "What is the total?" --max-tiles 24
     sailvl ask "一加一等于几?" --model runs/nano
     sailvl ask photo.jpg "What is this?" --adapter runs/mine/stages/01-mine-0a1b2c3d/adapter
+    sailvl ask photo.jpg "What is this?" --model SAIL-VL2-2B --gguf lm.gguf
     """
     import time
 
@@ -68,6 +72,10 @@ def ask(
 
     if quant not in (None, "int8"):
         raise InputError(f"--quant is '{quant}'; it can be int8")
+    if gguf is not None and (quant or adapter):
+        raise InputError("--gguf is a whole language model already: it goes with neither --quant nor --adapter")
+    if gguf is not None and not gguf.is_file():
+        raise InputError(f"{gguf}: no such file")
     *paths, question = words
     if not question.strip():
         raise InputError("the question is empty")
@@ -93,7 +101,8 @@ def ask(
     from sailvl.engine.local import Local
     from sailvl.run import load_model
 
-    engine = Local(*load_model(folder, int8=quant == "int8", adapter=adapter), capacity=1)
+    loaded = load_model(folder, int8=quant == "int8", adapter=adapter)
+    engine = Local(*loaded, capacity=1) if gguf is None else _llama_cpp(loaded, gguf)
     policy = ImagePolicy(max_tiles=max_tiles, msac=msac, upscale=upscale)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     request = Request(id="question", record=record, images=images, sampling=sampling, policy=policy)
@@ -107,6 +116,16 @@ def ask(
         found["boxes"] = _draw(reply.text, images[0], boxes, quiet=json)
     if json:
         print_json({"model": str(folder), "question": question, "images": paths, **found, "seconds": seconds})
+
+
+def _llama_cpp(loaded: tuple[Any, Any], gguf: Path) -> Engine:
+    """The engine whose language model is a GGUF file."""
+    from sailvl.engine.llamacpp import LlamaCpp, LlamaRows
+
+    try:
+        return LlamaCpp(*loaded, LlamaRows(gguf, capacity=1))
+    except ValueError as error:
+        raise InputError(f"{gguf}: {error}") from error
 
 
 def _decoded(path: str, num_frames: int) -> list[tuple[Image, bool]]:
