@@ -28,6 +28,9 @@ from sailvl.verify.cleanup import sail_answer
 HALVES = 200
 """Half samples that an interval is made of."""
 
+NO_MEAN = ("mme", "hallusion", "pope", "dynamath", "crpe", "wemath")
+"""Rules whose score is no mean over rows, also where it happens to equal one: several rows count together, or F1."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -158,8 +161,11 @@ def interval(
     values = [verdict.score for verdict in scored.verdicts]
     if not values:
         return None, None
-    if abs(100 * math.fsum(values) / len(values) - scored.main) < 1e-6:
+    if metric not in NO_MEAN and abs(100 * math.fsum(values) / len(values) - scored.main) < 1e-6:
         return _of_mean(values)
+    if metric == "ocrbench" and not strict:  # hits over ten, however many rows there are
+        low, high = _of_mean(values)
+        return low * len(values) / 1000, high * len(values) / 1000
     parts: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         parts.setdefault(_part(metric, row, number), []).append(number)
@@ -173,7 +179,9 @@ def interval(
         figures.append(total(*half, context)[0])
     mean = math.fsum(figures) / HALVES
     error = math.sqrt(math.fsum((figure - mean) ** 2 for figure in figures) / (HALVES - 1))
-    return scored.main - 1.96 * error, scored.main + 1.96 * error
+    if not error:  # all right or all wrong: half samples cannot tell how far that goes
+        return None, None
+    return max(0.0, scored.main - 1.96 * error), min(100.0, scored.main + 1.96 * error)
 
 
 def _of_mean(values: Sequence[float]) -> tuple[float, float]:
@@ -186,11 +194,11 @@ def _of_mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _part(metric: str, row: Mapping[str, Any], number: int) -> str:
-    """What counts together with a row: an image's two questions, a figure's questions, a problem's variants."""
+    """What counts together with a row: an image's two questions, a figure's, four of CRPE, a problem's variants."""
     if metric == "mme":
         return f"{row.get('category')}/{row.get('image_path')}"
     if metric == "hallusion":
         return "/".join([str(row.get("l2-category")), *str(row["index"]).split("_")[3:5]])
     if metric == "dynamath":
         return str(row.get("qid"))
-    return str(number)
+    return str(number // 4 if metric == "crpe" else number)

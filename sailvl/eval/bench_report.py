@@ -28,6 +28,14 @@ THINKING = ("SAIL-VL2-2B-Thinking", "SAIL-VL2-8B-Thinking", "SAIL-VL2-A3B-Thinki
 SMALL = 280
 """Pictures of at most this many pixels are shown at twice their size."""
 
+LABEL = 14
+"""Letters that fit beside the chart."""
+
+SHARES = frozenset(
+    ("mcq", "circular", "yes_no", "chartqa", "ocrvqa", "gqa", "vqa_exact", "mathvision", "videomme", "longvideobench")
+)
+"""Rules whose score is the share of right answers, so that k right of n may be said."""
+
 
 def write(folder: Path, out: Path, *, compare: str = "") -> None:
     """Write the page of the evaluated model ``folder`` (``out/MODEL``) to the file ``out``, atomically.
@@ -49,15 +57,17 @@ def context(folder: Path, compare: str) -> dict[str, Any]:
     """What the template shows."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/scores.json"))]
     order = {benchmark.name: number for number, benchmark in enumerate(SUITE)}
+    whole = {benchmark.name: benchmark.n for benchmark in SUITE}
     results.sort(key=lambda result: (order.get(result["benchmark"], len(order)), result["data"]))
     for result in results:
         result["reported"] = result["printed"].get(compare)
         result["count"] = _count(result)
+        result["whole"] = whole.get(result["benchmark"])
         result["parts"] = sorted(result["scores"].items())
         result["samples"] = _samples(folder / result["data"])
     bars = [
         charts.Interval(
-            label=result["data"],
+            label=_label(result),
             value=result["score"] / 100,
             low=(result["low"] if result["low"] is not None else result["score"]) / 100,
             high=(result["high"] if result["high"] is not None else result["score"]) / 100,
@@ -96,9 +106,16 @@ def opencompass(results: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _count(result: Mapping[str, Any]) -> str:
-    """k / n, if the score is one."""
-    k = count_of(round(result["score"], 6), result["n"], decimals=6) if result["n"] else None
+    """k / n, if the score is one by its rule."""
+    plain = bool(result["n"]) and result["metric"] in SHARES
+    k = count_of(round(result["score"], 6), result["n"], decimals=6) if plain else None
     return "" if k is None else f"{k:,} / {result['n']:,}"
+
+
+def _label(result: Mapping[str, Any]) -> str:
+    """The data set's name, or its benchmark's where that fits better, cut to the chart's margin."""
+    name = result["data"] if len(result["data"]) <= LABEL else result["benchmark"]
+    return str(name if len(name) <= LABEL else f"{name[: LABEL - 1]}…")
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:

@@ -89,11 +89,13 @@ def _model_class() -> type:
             max_batch_size: int | None = None,
         ) -> None:
             super().__init__()
-            capacity = ALL_AT_ONCE if batch_size == "auto" else int(batch_size)
+            capacity = ALL_AT_ONCE if str(batch_size).startswith("auto") else int(batch_size)
             self.device = torch.device(device or _own_device())
             self.policy = ImagePolicy(max_tiles=max_tiles, msac=msac, upscale=upscale)
             self.num_frames, self.batch_size = num_frames, capacity
-            self.engine = engine or _engine(str(pretrained), base_url, model, capacity, self.device)
+            self.engine = engine or _engine(
+                str(pretrained), base_url, str(model) if model else None, capacity, self.device
+            )
 
         def generate_until(self, requests: Any) -> list[Any]:
             """An answer for each request, in their order; empty for those that could not be asked."""

@@ -73,7 +73,7 @@ def read(path: Path, *, name: str = "", image_root: Path | None = None, plain: b
 
     ``image_root``: where ``image_path`` cells that are not absolute start. Rows whose image cell is empty are dropped,
     as upstream drops them. Raises TableError for files without rows, without an ``index`` column, or with an index
-    twice.
+    twice. Indices of RefCOCO begin anew in each split: they become ``SPLIT_INDEX``, as upstream names them.
     """
     name = name or path.stem.removesuffix("_local")
     csv.field_size_limit(sys.maxsize)
@@ -93,6 +93,8 @@ def read(path: Path, *, name: str = "", image_root: Path | None = None, plain: b
         if len(cells) > len(columns):
             raise TableError(f"{path}: row {len(raw) + 1} has {len(cells)} cells for {len(columns)} columns")
         row = dict(zip(columns, cells + [""] * (len(columns) - len(cells)), strict=True))
+        if name == "RefCOCO":
+            row |= _within_split(row)
         image = row.pop("image", None)
         if image is not None and _is_missing(image, plain):
             continue
@@ -116,7 +118,7 @@ def read(path: Path, *, name: str = "", image_root: Path | None = None, plain: b
         path=path,
         name=name,
         rows=tuple(rows),
-        columns=tuple(column for column in columns if column != "image"),
+        columns=tuple(dict.fromkeys(key for key in (*columns, *raw[0]) if key != "image")),
         places=places,
         holders=holders,
         references=references,
@@ -145,6 +147,17 @@ def _records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
                 start = end
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TableError(f"{path}: not a readable UTF-8 table ({error})") from error
+
+
+def _within_split(row: Mapping[str, str]) -> dict[str, str]:
+    """The split of a RefCOCO row, from a category such as "RefCOCO+ testA" if it names none, and its index in it."""
+    split, index = row.get("split", ""), row["index"]
+    if split in MISSING:
+        name, _, part = row.get("category", "").strip().partition(" ")
+        known = {end.lower(): end for end in ("val", "test", "testA", "testB")}
+        plain = re.sub(r"[\s_-]+", "", part.lower())
+        split = "_".join(filter(None, (name, known.get(plain, re.sub("[ -]", "_", part.strip()))))) or "RefCOCO"
+    return {"split": split, "index": index if index.startswith(f"{split}_") else f"{split}_{index}"}
 
 
 def _is_missing(text: str, plain: bool) -> bool:

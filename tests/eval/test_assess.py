@@ -95,3 +95,24 @@ def test_no_answers_no_interval():
     rows = rows_of(3, 1.0, 0)
     scored = score("mcq", rows)
     assert interval("mcq", rows, type(scored)(main=0.0, scores={}, verdicts=[], n=0, unresolved=0)) == (None, None)
+
+
+def test_intervals_of_sums_and_groups_stay_in_range_and_keep_groups_whole():
+    rows = [
+        {"index": i, "answer": "['a']", "category": "Doc-oriented VQA", "prediction": "ab"[i % 2]} for i in range(40)
+    ]
+    scored = score("ocrbench", rows)  # 20 hits, which count as 2 of 100 whatever the number of rows
+    low, high = interval("ocrbench", rows, scored)
+    assert scored.main == 2.0 and 100 * low / 4 == pytest.approx(35.2, abs=0.1) and low + high == pytest.approx(4.0)
+
+    # a group of four is right or wrong as a whole: the spread is that of 16 draws, not of 64
+    rows = [{"index": i, "answer": "A", "category": "subject", "prediction": "BA"[i // 4 % 2]} for i in range(64)]
+    low, high = interval("crpe", rows, score("crpe", rows))
+    assert 20 < low < 30 and 70 < high < 80
+
+    said = ["Yes", *["No"] * 31]
+    rows = [{"index": i, "answer": "Yes", "category": "random", "prediction": text} for i, text in enumerate(said)]
+    low, high = interval("pope", rows, score("pope", rows))
+    assert low == 0.0 < high < 100.0
+    rows = [{**row, "prediction": "No"} for row in rows]
+    assert interval("pope", rows, score("pope", rows)) == (None, None)

@@ -55,6 +55,7 @@ def test_two_sets_and_a_broken_one(tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
+    assert "over 1,500 questions, this one over 9: the two do not compare" in page and "5 / 9" in page
     assert "64.07" in page and "SAIL-VL2-8B 70.73" in page and "row 2 (index 1)" in page
     with pytest.raises(ValueError, match="no model 'GPT'"):
         bench_report.write(tmp_path / "out/nano", tmp_path / "r.html", compare="GPT")

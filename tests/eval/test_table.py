@@ -162,3 +162,21 @@ def test_unusable_predictions_say_what_is_wrong(tmp_path, name, content, message
         read_predictions(tmp_path / name)
     with pytest.raises(TableError, match="no such file"):
         read_predictions(tmp_path / "gone.tsv")
+
+
+@pytest.mark.parametrize("column", ["split", "category"])
+def test_rows_of_refcoco_are_told_apart_by_their_split(tmp_path, column):
+    cells = {"split": ("RefCOCO_val", "RefCOCO+_testA"), "category": ("RefCOCO val", "RefCOCO+ test A")}[column]
+    lines = [f"{i}\t{'i' * 70 if i == 0 else f'{s}_0'}\twhere?\t{c}" for c, s in zip(
+        cells, ("RefCOCO_val", "RefCOCO+_testA"), strict=True) for i in range(2)]  # fmt: skip
+    (tmp_path / "RefCOCO.tsv").write_text("\n".join([f"index\timage\tquestion\t{column}", *lines]) + "\n")
+    table = read(tmp_path / "RefCOCO.tsv")
+    wanted = ["RefCOCO_val_0", "RefCOCO_val_1", "RefCOCO+_testA_0", "RefCOCO+_testA_1"]
+    assert [row["index"] for row in table.rows] == wanted and "split" in table.columns
+    assert [row["split"] for row in table.rows] == [name.rpartition("_")[0] for name in wanted]
+    assert table.holders == {"RefCOCO_val_0": 0, "RefCOCO+_testA_0": 2} and len(table.references) == 2
+    write_tsv(tmp_path / "again/RefCOCO.tsv", table.rows, table.columns)
+    assert [row["index"] for row in read(tmp_path / "again/RefCOCO.tsv").rows] == wanted  # named once, not twice
+    with pytest.raises(TableError, match="index of row 1"):
+        (tmp_path / "other.tsv").write_text("index\tquestion\n0\ta\n0\tb\n")
+        read(tmp_path / "other.tsv")

@@ -60,6 +60,8 @@ DIFFERENCES: dict[str, str] = {
     "mme, a category that is missing": "adds nothing; upstream stops",
     "crpe, rows no multiple of four": "the last group is what is left; upstream stops",
     "circular, a group without its first rotation": "counts; upstream leaves it out",
+    "wemath, empty reply": "wrong; upstream stops",
+    "wemath, no combined problem right": "scored; upstream divides by zero",
     "olympiad": "our reading of the benchmark's rule; no recorded verdicts to compare with",
 }
 """Where verdicts may differ from VLMEvalKit's on purpose, and how."""
