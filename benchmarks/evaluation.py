@@ -1,17 +1,22 @@
-"""Claim: on a CPU, batched evaluation answers a benchmark at least 1.5 times as fast as asking one sample at a time,
-and 2.5 times where pictures come again, once answers have some 30 tokens; 100,000 answers are kept in linear time.
+"""Claim: on a CPU, batched evaluation answers a benchmark twice as fast as asking one sample at a time the usual way,
+and three times as fast where pictures come again, once answers have some 30 tokens; 100,000 answers are kept in linear
+time.
 
     python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
 
-Both arms evaluate one table with ``eval.predict``: the same nano model, prompts, pictures, tiles and order. The batched
-arm is the local engine as ``sailvl eval`` starts it, with its memory of pictures; the other has ``capacity=1`` and no
-memory, which is how the published evaluation works (one sample at a time). In "distinct" every row has a picture of its
-own; in "circular" each picture is asked about four times with rotated options, as in MMBench.
+All arms answer one table: the same nano model, prompts, pictures, tiles and order, greedily.
+
+    batched         ``eval.predict`` with the local engine as ``sailvl eval`` starts it, with its memory of pictures
+    one at a time   the same with ``capacity=1`` and no memory: what batching alone is worth
+    generate        a loop over rows that calls transformers' ``generate``: how the published evaluation works
+
+In "distinct" every row has a picture of its own; in "circular" each picture is asked about four times with rotated
+options, as in MMBench.
 
 How long answers are decides the figure: a picture must be read before the first token, and on a CPU reading 32 pictures
 together costs 32 times one, while generating 32 answers together costs little more than one. So every length is a row
 of its own: a bare letter (2 tokens), a sentence, a short reasoning. Weights are fresh and nothing ends an answer early.
-Answers of both arms are compared. Arms alternate; a ratio is that of the shortest times over the repeats. Processor
+Answers of the arms are compared. Arms alternate; a ratio is that of the shortest times over the repeats. Processor
 seconds stand beside: they do not count the time that others took.
 
 The third part keeps the answers of an engine that costs nothing: seconds per answer over the first and the last tenth
@@ -38,9 +43,11 @@ import transformers
 from PIL import Image
 
 from sailvl import assets
+from sailvl.data.encode import encode
+from sailvl.engine.answers import sayable
 from sailvl.engine.fake import Fake
 from sailvl.engine.local import Local
-from sailvl.eval.predict import Asking, predict
+from sailvl.eval.predict import Asking, predict, request
 from sailvl.eval.table import Table, read
 from sailvl.model import checkpoint
 from sailvl.model.processing import build_processor
@@ -49,6 +56,7 @@ WORDS = "the a red small round picture shows two people near an old house and un
 ARMS = {
     "batched": {"capacity": 32, "feature_cache_mb": 256},
     "one at a time": {"capacity": 1, "feature_cache_mb": 0},
+    "generate": {},
 }
 TENTHS = 10
 
@@ -79,6 +87,8 @@ def table(path: Path, rows: int, *, per_picture: int) -> Table:
 
 def evaluate(model, processor, asked: Table, folder: Path, arm: str, tokens: int) -> dict:
     """One evaluation from nothing: its seconds, answers by index, and how many tiles were encoded."""
+    if arm == "generate":
+        return generate(model, processor, asked, tokens)
     engine = Local(model, processor, **ARMS[arm])
     engine.end_ids = set()
     began, busy = time.perf_counter(), time.process_time()
@@ -93,8 +103,28 @@ def evaluate(model, processor, asked: Table, folder: Path, arm: str, tokens: int
     return {"seconds": seconds, "processor": busy, "answers": answers, "tiles": engine.encoded_tiles}
 
 
+@torch.inference_mode()
+def generate(model, processor, asked: Table, tokens: int) -> dict:
+    """The table by the library's ``generate``, row by row."""
+    asking, answers, tiles = Asking(kind="MCQ", max_new_tokens=tokens), {}, 0
+    _, banned = sayable(processor, model.config.text_config.vocab_size, model.generation_config.eos_token_id)
+    began, busy = time.perf_counter(), time.process_time()
+    for number, row in enumerate(asked.rows):
+        prompt = request(asked, number, asking)
+        example = encode(prompt.record, prompt.images, processor, generate=True, policy=prompt.policy)
+        ids = torch.from_numpy(example.ids_T)[None]
+        made = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.from_numpy(example.tiles_N3SS),
+            max_new_tokens=tokens, do_sample=False, eos_token_id=[], pad_token_id=0, suppress_tokens=banned,
+        )  # fmt: skip
+        answers[str(row["index"])] = processor.tokenizer.decode(made[0, ids.shape[1] :])
+        tiles += example.num_tiles
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    return {"seconds": seconds, "processor": busy, "answers": answers, "tiles": tiles}
+
+
 def throughput(args: argparse.Namespace, folder: Path, name: str, per_picture: int) -> dict:
-    """Both arms on one table, for every length of answer."""
+    """All arms on one table, for every length of answer."""
     processor = build_processor(assets.tokenizer_path(), tiling=checkpoint.scheme_for("nano"), system_message="")
     model = checkpoint.build(checkpoint.config_for("nano", processor=processor), seed=0).eval()
     asked = table(folder / f"{name}.tsv", args.rows, per_picture=per_picture)
@@ -104,7 +134,7 @@ def throughput(args: argparse.Namespace, folder: Path, name: str, per_picture: i
     for tokens in args.tokens:
         runs: dict[str, list[dict]] = {arm: [] for arm in ARMS}
         for repeat in range(args.repeats):
-            for arm in sorted(ARMS, reverse=bool(repeat % 2)):
+            for arm in list(ARMS)[:: -1 if repeat % 2 else 1]:
                 out = folder / name / f"{tokens}-{repeat}-{arm}"
                 runs[arm].append(evaluate(model, processor, asked, out, arm, tokens))
         lengths[f"{tokens} tokens"] = compared(runs, args.rows)
@@ -112,18 +142,21 @@ def throughput(args: argparse.Namespace, folder: Path, name: str, per_picture: i
 
 
 def compared(runs: dict[str, list[dict]], rows: int) -> dict:
-    fast, slow = runs["batched"], runs["one at a time"]
-    same = sum(text == slow[0]["answers"][index] for index, text in fast[0]["answers"].items())
-    if same < 0.9 * rows:
-        raise SystemExit(f"the arms agree on {same} of {rows} answers only")
+    """``ratios`` is of the shortest times of each other arm against the batched one."""
+    fast = runs["batched"]
+    others = [arm for arm in runs if arm != "batched"]
+    same = {
+        arm: sum(text == runs[arm][0]["answers"][index] for index, text in fast[0]["answers"].items()) for arm in others
+    }
+    if min(same.values()) < 0.9 * rows:
+        raise SystemExit(f"of {rows} answers so many agree with the batched ones: {same}")
 
-    def ratio(kind: str) -> float:
-        return round(min(run[kind] for run in slow) / min(run[kind] for run in fast), 3)
+    def ratio(arm: str, kind: str) -> float:
+        return round(min(run[kind] for run in runs[arm]) / min(run[kind] for run in fast), 3)
 
     return {
-        "ratio": ratio("seconds"),
-        "ratios": [round(b["seconds"] / a["seconds"], 3) for a, b in zip(fast, slow, strict=True)],
-        "processor_ratio": ratio("processor"),
+        "ratios": {arm: ratio(arm, "seconds") for arm in others},
+        "processor_ratios": {arm: ratio(arm, "processor") for arm in others},
         "answers_per_second": {arm: round(rows / min(run["seconds"] for run in of), 2) for arm, of in runs.items()},
         "seconds": {arm: [round(run["seconds"], 3) for run in of] for arm, of in runs.items()},
         "processor_seconds": {arm: [round(run["processor"], 3) for run in of] for arm, of in runs.items()},
