@@ -2,6 +2,7 @@
 
     python benchmarks/packing.py --samples FILE.npz --ranks 8 --max-tokens 8192 [--json OUT] [--buffer 256]
                                  [--max-tiles N]
+    python benchmarks/packing.py --sync-pool 32 --lanes 16,32,64 --lane-group 8 [--steps 400] ...
 
 FILE.npz holds two integer arrays, ``tokens`` (of the whole sample, image tokens included) and ``tiles``. Without it a
 mix of captions, OCR, documents, text, VQA and long reasoning is drawn.
@@ -15,6 +16,11 @@ count; with few samples per rank the tail weighs much. Samples over max_tokens (
 
 tiles_max_mean: mean over steps of (most tiles of a rank / mean of the ranks): how long the others wait for the slowest.
 vision_efficiency: sum over steps of the mean / sum of the most. us_per_sample: processor time of the packing alone.
+
+With --sync-pool the second table instead: lanes as the loader runs them, with and without that many ready packs.
+efficiency: at a number of processes, sum over micro-batches of the mean modelled cost of a pack / sum of the most.
+tiles_cv: coefficient of variation over optimizer steps of the step's mean tiles, the price. longest_wait: steps that a
+ready pack waited.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ import numpy as np
 
 from sailvl.data.order import Order
 from sailvl.data.pack import Packer
+from sailvl.data.ready import Ready, quantile
 from sailvl.types import Item
 
 Pack = Sequence[Item]
@@ -177,6 +184,69 @@ def measure(name: str, samples: list[Item], limits: argparse.Namespace) -> dict[
     }
 
 
+def lane_packs(samples: list[Item], lane: int, num_lanes: int, size: int, limits: argparse.Namespace) -> list[Pack]:
+    """What one lane gives in ``steps`` steps, from a pool of ``size`` ready packs (0: none)."""
+    order = Order({"s": len(samples)}, {"s": 1.0}, seed=0, lane=lane, num_lanes=num_lanes)
+    packs = ours((samples[order.draw()[1]] for _ in iter(int, 1)), limits)
+    if not size:
+        return list(islice(packs, limits.steps))
+    ready, given = Ready(size, limits.max_tokens), []
+    for step in range(limits.steps):
+        while not ready.full:
+            ready.add(tuple(next(packs)))
+        given.append(ready.pop(quantile(step, lane, num_lanes, limits.lane_group)))
+    return given
+
+
+def measure_lanes(num_lanes: int, size: int, samples: list[Item], limits: argparse.Namespace) -> dict[str, object]:
+    """One row of the second table."""
+    lanes = [lane_packs(samples, lane, num_lanes, size, limits) for lane in range(num_lanes)]
+    model = Ready(1, limits.max_tokens)  # with the means of all packs
+    for pack in chain.from_iterable(lanes):
+        model.add(tuple(pack))
+    costs = np.array([[model.cost(pack) for pack in packs] for packs in lanes]).T  # [steps, lanes]
+    tiles = np.array([[sum(item.num_tiles for item in pack) for pack in packs] for packs in lanes]).mean(0)
+    efficiency = {}
+    for processes in (2, 4, 8, 16):
+        if num_lanes % processes == 0:
+            micro = costs.reshape(-1, processes)
+            efficiency[str(processes)] = round(float(micro.mean(1).sum() / micro.max(1).sum()), 4)
+    return {
+        "lanes": num_lanes,
+        "sync_pool": size,
+        "efficiency": efficiency,
+        "tiles_cv": round(float(tiles.std() / tiles.mean()), 4),
+        "longest_wait": longest_wait(num_lanes, size, samples, limits) if size else 0,
+    }
+
+
+def longest_wait(num_lanes: int, size: int, samples: list[Item], limits: argparse.Namespace) -> int:
+    """The most steps a ready pack of lane 0 waited, of those given and those still there."""
+    order = Order({"s": len(samples)}, {"s": 1.0}, seed=0, lane=0, num_lanes=num_lanes)
+    packs = ours((samples[order.draw()[1]] for _ in iter(int, 1)), limits)
+    ready, born, longest = Ready(size, limits.max_tokens), dict[int, int](), 0
+    for step in range(10 * limits.steps):
+        while not ready.full:
+            pack = tuple(next(packs))
+            ready.add(pack)
+            born[id(pack)] = step
+        longest = max(longest, step - born.pop(id(ready.pop(quantile(step, 0, num_lanes, limits.lane_group)))))
+    return max([longest, *(10 * limits.steps - step for step in born.values())])
+
+
+def compare_lanes(items: list[Item], limits: argparse.Namespace, common: dict[str, object]) -> list[dict[str, object]]:
+    """Measure and print the second table."""
+    rows = [
+        measure_lanes(count, size, items, limits) | common for count in limits.lanes for size in (0, limits.sync_pool)
+    ]
+    print(f"groups of {limits.lane_group} lanes, {limits.steps} steps, {limits.max_tokens} tokens a pack")
+    print(f"{'lanes':>6}{'pool':>6}{'tiles cv':>10}{'wait':>6}   efficiency by processes")
+    for row in rows:
+        efficiency = "  ".join(f"{count}: {share:.3f}" for count, share in row["efficiency"].items())  # type: ignore[attr-defined]
+        print(f"{row['lanes']:6}{row['sync_pool']:6}{row['tiles_cv']:10.4f}{row['longest_wait']:6}   {efficiency}")
+    return rows
+
+
 def load(limits: argparse.Namespace) -> tuple[list[Item], int]:
     """Usable samples, and how many were too large. Exits with a message if the file is unusable."""
     if limits.samples:
@@ -211,8 +281,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--buffer", type=int, default=256, help="waiting samples of ours, window of best-fit-decreasing"
     )
+    parser.add_argument("--sync-pool", type=int, default=0, help="ready packs of each lane: measure lanes instead")
+    parser.add_argument(
+        "--lanes", type=lambda text: [int(count) for count in text.split(",")], default=[16, 32, 64],
+        help="with --sync-pool: numbers of lanes, separated by commas",
+    )  # fmt: skip
+    parser.add_argument("--lane-group", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--json", type=Path)
     limits = parser.parse_args(argv)
+    if limits.sync_pool and (wrong := [count for count in limits.lanes if count % limits.lane_group]):
+        parser.error(f"{wrong[0]} lanes do not make groups of {limits.lane_group}")
     items, dropped = load(limits)
     hardware = (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
@@ -223,6 +302,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "mean_tokens": round(sum(item.num_tokens for item in items) / len(items), 1),
         "hardware": hardware, "command": command,
     }  # fmt: skip
+    if limits.sync_pool:
+        common |= {"lane_group": limits.lane_group, "steps": limits.steps}
+        rows = compare_lanes(items, limits, common)
+        if limits.json:
+            limits.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
     rows = [measure(name, items, limits) | common for name in METHODS]
     print(
         f"{len(items)} samples, {dropped} dropped as too large; {limits.ranks} ranks, {limits.max_tokens} tokens a pack"

@@ -131,7 +131,7 @@ class Batch:
     ids_T int64; positions_T int64, restarting at 0 in every document; cu_seqlens int32 [documents + 1], offsets of
     the documents in T; max_length tokens of the longest document; tiles_N3SS float32; rows_R int64, the positions
     whose hidden state predicts a supervised token; targets_R int64, those tokens; grids_N2 int64 and patches_per_tile
-    as in ``Example``.
+    as in ``Example``; weights_R float32, what each row's loss counts (None: all alike).
     """
 
     ids_T: torch.Tensor
@@ -146,6 +146,7 @@ class Batch:
     rejects: tuple[Reject, ...] = ()
     grids_N2: torch.Tensor | None = None
     patches_per_tile: int = 1
+    weights_R: torch.Tensor | None = None
 
     @property
     def num_samples(self) -> int:

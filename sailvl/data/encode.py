@@ -5,7 +5,8 @@
 The processor's own chat template writes the prompt, so training cannot drift from serving, and a checkpoint that brings
 another template is trained in it. The template neutralises special strings: user and system text never becomes a
 special token, an assistant's text may hold the grounding marks <ref> <box> <quad>, never chat or image tokens.
-Trained on: the assistant's text and the <|im_end|> behind it; not its header, which a prompt provides.
+Trained on: the assistant's text and the <|im_end|> behind it; not its header, which a prompt provides. On demand only
+what follows the last </think> of an answer; the ids stay the same, so sizes, order and packs do.
 
 ``measure`` gives the size ``encode`` will have, from texts and picture sizes alone; both make ids by the same function.
 Cost: about 0.1 ms for a short conversation, half of it the template; decoding and cutting pictures is the rest.
@@ -30,6 +31,7 @@ _PLACEHOLDER = re.compile(re.escape(IMAGE_PLACEHOLDER) + "\n?")
 _IMAGE_START, _IMAGE_TOKEN, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 # texts are escaped, so what looks like an answer's frame is one
 _ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
+_THOUGHT = re.compile(r".*</think>\n*", re.DOTALL)
 
 
 class ImageProcessor(Protocol):
@@ -71,6 +73,15 @@ def _check(record: Record, generate: bool) -> None:
             raise RecordError(f"record {record.id}: message {number} is an empty answer")
 
 
+def _check_thoughts(record: Record) -> None:
+    for number, message in enumerate(record.messages, 1):
+        _, closed, answer = message.text.rpartition("</think>")
+        if message.role == "assistant" and "<think>" in answer:
+            raise RecordError(f"record {record.id}: message {number} has a thought without an end, so no answer")
+        if message.role == "assistant" and closed and not answer.strip():
+            raise RecordError(f"record {record.id}: message {number} is a thought without an answer")
+
+
 def _conversation(record: Record) -> list[dict[str, Any]]:
     """Messages for the chat template: every picture a part of a user message, in place of its placeholder."""
     pictures = iter(record.pictures)
@@ -101,7 +112,7 @@ def _num_tiles(picture: Picture, scheme: Scheme) -> int:
 
 
 def _token_ids(
-    record: Record, processor: Processor, generate: bool, policy: ImagePolicy | None
+    record: Record, processor: Processor, generate: bool, policy: ImagePolicy | None, answer_only: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Ids, and for each whether it is supervised."""
     _check(record, generate)
@@ -123,17 +134,19 @@ def _token_ids(
             trained += [False] * count
         encoding = tokenizer.encode(part, add_special_tokens=False)
         ids += encoding.ids
-        trained += _supervised(part, encoding.offsets)
+        trained += _supervised(part, encoding.offsets, answer_only)
     if not generate and not any(trained):
         raise RecordError(f"record {record.id}: the chat template shows no '<|im_start|>assistant' turn to train on")
     return ids, trained
 
 
-def _supervised(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each token whether it lies in an answer; one that reaches back into the header is the prompt's."""
+def _supervised(text: str, offsets: Sequence[tuple[int, int]], answer_only: bool) -> list[bool]:
+    """For each token whether it lies in an answer; one that reaches back into header or thought is theirs."""
     trained, at = [False] * len(offsets), 0
     for answer in _ANSWER.finditer(text):
         first, last = answer.span(1)
+        thought = _THOUGHT.match(answer[1]) if answer_only else None
+        first += thought.end() if thought else 0
         while at < len(offsets) and offsets[at][0] < first:
             at += 1
         while at < len(offsets) and offsets[at][0] < last:
@@ -160,16 +173,21 @@ def encode(
     *,
     generate: bool = False,
     policy: ImagePolicy | None = None,
+    answer_only: bool = False,
 ) -> Example:
     """The record as ids, targets and tiles; ``generate`` ends it with the assistant's header and supervises nothing.
 
     images: the record's pictures, decoded, in order; ``policy`` says how they are seen, if not as the processor's
-    settings have it. Raises RecordError if the conversation cannot be trained on (or
-    answered), if placeholders and pictures differ in number, or if a picture has not the size the record says.
+    settings have it; ``answer_only`` leaves thoughts unsupervised, up to the last ``</think>`` of a turn and its
+    newlines. Raises RecordError if the conversation cannot be trained on (or answered; with ``answer_only`` also if a
+    thought has no end or no answer behind it), if placeholders and pictures differ in number, or if a picture has not
+    the size the record says.
     """
     if len(images) != len(record.pictures):
         raise RecordError(f"record {record.id}: {len(record.pictures)} pictures, {len(images)} images given")
-    ids, trained = _token_ids(record, processor, generate, policy)
+    if answer_only and not generate:
+        _check_thoughts(record)
+    ids, trained = _token_ids(record, processor, generate, policy, answer_only)
     seen = _schemes(record, processor, policy)
     tiles = [_no_tiles(processor)]
     grids: list[tuple[int, int]] = []

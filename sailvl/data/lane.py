@@ -6,6 +6,8 @@ waiting samples) and travels with the pack: whoever consumed that pack last can 
 
 A record that cannot be used (broken line, missing picture, no assistant turn) or fits no pack is skipped here. That
 depends on the record alone, so a resumed run skips the same ones, and no other sample moves.
+
+With ``sync_pool`` the lane keeps that many ready packs and gives the one whose cost suits the step (``ready``).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 
 from sailvl.data.order import Order
 from sailvl.data.pack import Packer
-from sailvl.data.source import Source
+from sailvl.data.ready import Ready, quantile
+from sailvl.data.source import Source, Windowed
 from sailvl.media import MediaError
 from sailvl.types import Item, Pack, Record, RecordError, Reject
 
@@ -66,18 +69,33 @@ class Lane:
         max_tokens: int,
         max_tiles: int,
         buffer: int,
+        sync_pool: int = 0,
+        lane_group: int = 1,
     ) -> None:
-        self.lane = lane
+        self.lane, self._num_lanes, self._lane_group = lane, num_lanes, lane_group
         self._sources, self._measure, self._health = sources, measure, health
         sizes = {name: len(source) for name, source in sources.items()}
-        self._order = Order(sizes, shares, seed=seed, lane=lane, num_lanes=num_lanes)
+        windows = {name: source.windows for name, source in sources.items() if isinstance(source, Windowed)}
+        self._order = Order(sizes, shares, seed=seed, lane=lane, num_lanes=num_lanes, windows=windows)
         self._packer = Packer(max_tokens, max_tiles, buffer)
+        self._ready = Ready(sync_pool, max_tokens) if sync_pool else None
         self._num_packs = 0
         self._num_skipped = 0
 
     def next(self) -> tuple[Pack, tuple[Reject, ...]]:
         """The next pack, and the samples skipped since the last. Raises RecordError if a source has no good row."""
         skipped: list[Reject] = []
+        if self._ready is None:
+            items = self._pack(skipped)
+        else:
+            while not self._ready.full:
+                self._ready.add(self._pack(skipped))
+            items = self._ready.pop(quantile(self._num_packs, self.lane, self._num_lanes, self._lane_group))
+        self._num_packs += 1
+        self._num_skipped += len(skipped)
+        return Pack(lane=self.lane, items=items, state=self.state_dict()), tuple(skipped)
+
+    def _pack(self, skipped: list[Reject]) -> tuple[Item, ...]:
         while not self._packer.full:
             source, row = self._order.draw()
             made = self._item(self._order.names[source], row)
@@ -85,10 +103,7 @@ class Lane:
                 self._packer.add(made)
             else:
                 skipped.append(made)
-        items = self._packer.pop()
-        self._num_packs += 1
-        self._num_skipped += len(skipped)
-        return Pack(lane=self.lane, items=items, state=self.state_dict()), tuple(skipped)
+        return self._packer.pop()
 
     def _item(self, name: str, row: int) -> Item | Reject:
         id = f"{name}/{row}"
@@ -109,13 +124,15 @@ class Lane:
         return Reject(id=id, reason=reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: counters, and the waiting samples; about 7 kB at a buffer of 256."""
+        """JSON-able: counters, and the waiting samples; about 7 kB at a buffer of 256, as much again for 32 packs."""
+        ready = {} if self._ready is None else {"ready": self._ready.state_dict()}
         return {
             "lane": self.lane,
             "packs": self._num_packs,
             "skipped": self._num_skipped,
             "order": self._order.state_dict(),
             "packer": self._packer.state_dict(),
+            **ready,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,4 +141,6 @@ class Lane:
             raise ValueError(f"this is lane {self.lane}, the state is of lane {state['lane']}")
         self._order.load_state_dict(state["order"])
         self._packer.load_state_dict(state["packer"])
+        if self._ready is not None:
+            self._ready.load_state_dict(state["ready"])
         self._num_packs, self._num_skipped = int(state["packs"]), int(state["skipped"])

@@ -5,6 +5,9 @@ position of any epoch is computed in O(1) time and memory: nothing is shuffled, 
 A mixture is stride scheduling on exact fractions: the source furthest behind its share is next. After any whole
 multiple of the shares' common denominator the counts are exactly the shares; no source is ever a full sample ahead.
 
+A source that reads neighbouring rows together names windows of them: then the windows are permuted, and the rows inside
+of each. That needs the windows' sizes in the epoch's order, 8 B a window, and reads every row of an epoch once too.
+
 Lanes deal the order out: draw k of lane v of V has global index base + k V + v, so all lanes together read each
 epoch once, in any number of processes. Cost: about 5 us per draw.
 
@@ -14,9 +17,11 @@ The report (section 3.2) names the mixtures, not how they are drawn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from math import lcm
 from typing import Any
 
@@ -53,14 +58,40 @@ def feistel(i: int, n: int, key: int) -> int:
             return i
 
 
+class WindowOrder:
+    """One epoch of a source read by windows. ``starts``: the first row of each window, ascending from 0."""
+
+    def __init__(self, starts: Sequence[int], size: int, key: int) -> None:
+        self._key = key
+        ends = [*starts[1:], size]
+        dealt = [feistel(i, len(starts), key) for i in range(len(starts))]
+        self._windows = [(starts[window], ends[window] - starts[window]) for window in dealt]
+        self._ends = list(accumulate(num_rows for _, num_rows in self._windows))
+
+    def __getitem__(self, position: int) -> int:
+        """The row at a position of the epoch."""
+        at = bisect_right(self._ends, position)
+        start, num_rows = self._windows[at]
+        inside = position - (self._ends[at] - num_rows)
+        return start + feistel(inside, num_rows, splitmix64(self._key ^ start))
+
+
 class Order:
     """The draws of one lane: an endless, resumable stream of (source, row).
 
-    sizes: rows per source. shares: parts of the mixture, in any unit; names must equal those of sizes.
+    sizes: rows per source. shares: parts of the mixture, in any unit; names must equal those of sizes. windows: of the
+    sources that are read by windows, the first row of each window.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], shares: Mapping[str, float], *, seed: int, lane: int = 0, num_lanes: int = 1
+        self,
+        sizes: Mapping[str, int],
+        shares: Mapping[str, float],
+        *,
+        seed: int,
+        lane: int = 0,
+        num_lanes: int = 1,
+        windows: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if set(sizes) != set(shares):
             raise ValueError(f"shares name {sorted(shares)}, sources are {sorted(sizes)}")
@@ -81,6 +112,8 @@ class Order:
         self.num_draws = 0
         self.counts = [0] * len(self.names)
         self.bases = [0] * len(self.names)
+        self._windows = [(windows or {}).get(name) for name in self.names]
+        self._epochs: dict[int, tuple[int, WindowOrder]] = {}  # source: its epoch under way
 
     def draw(self) -> tuple[int, int]:
         """The next sample as (index of its source in ``names``, row)."""
@@ -90,8 +123,15 @@ class Order:
         index = self.bases[source] + self.counts[source] * self.num_lanes + self.lane
         self.counts[source] += 1
         size = self.sizes[source]
-        epoch, position = divmod(index, size)
-        return source, feistel(position, size, epoch_key(self.seed, self.names[source], epoch))
+        return source, self._row(source, *divmod(index, size))
+
+    def _row(self, source: int, epoch: int, position: int) -> int:
+        key, starts = epoch_key(self.seed, self.names[source], epoch), self._windows[source]
+        if starts is None:
+            return feistel(position, self.sizes[source], key)
+        if source not in self._epochs or self._epochs[source][0] != epoch:
+            self._epochs[source] = epoch, WindowOrder(starts, self.sizes[source], key)
+        return self._epochs[source][1][position]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; with the constructor's arguments it names the rest of the stream."""

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sailvl.curriculum import AdaLRS, Constant, Cosine, Curriculum, Fresh, Jsonl, Part, Probe, Soup, Synth, Train
+from sailvl.curriculum import AdaLRS, Constant, Cosine, Curriculum, Fresh, Part, Probe, Soup, Source, Synth, Train
 from sailvl.types import Mixture
 
 ALL: tuple[Part, ...] = ("vit", "projector", "lm")
 
-SOURCES: dict[str, Jsonl | Synth] = {
+SOURCES: dict[str, Source] = {
     "count": Synth(families=("count",), size=100_000, seed=1, max_turns=1),
     "relation": Synth(families=("relation",), size=100_000, seed=2, max_turns=1),
     "clip": Synth(families=("clip",), size=100_000, seed=3),

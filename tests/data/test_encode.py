@@ -302,3 +302,56 @@ def test_a_batch_holds_examples_of_one_processor(tiny_processor: Any, any_proces
     assert collate([none], 0, {}).grids_N2.shape == (0, 2)
     with pytest.raises(ValueError, match="the 2 examples of a batch were made by different processors"):
         collate([some, tiles], 0, {})
+
+
+# ---- thoughts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        ("<think>one, two</think>\n\nTwo.", "Two.<|im_end|>"),
+        ("<think>one</think> and <think>two</think>\nTwo.", "Two.<|im_end|>"),
+        ("one, two</think>\n\n\nTwo.", "Two.<|im_end|>"),  # data of models whose prompt opens the thought
+        ("<think>\n</think> Two.", " Two.<|im_end|>"),
+        ("Two.\nThree", "Two.\nThree<|im_end|>"),
+    ],
+)
+def test_of_a_thinking_answer_only_what_follows_is_learned(tiny_processor: Any, answer: str, learned: str) -> None:
+    of = record(("user", "how many?"), ("assistant", answer), ("user", "sure?"), ("assistant", "<think>a</think>\nYes"))
+    plain, masked = (encode(of, [], tiny_processor, answer_only=only) for only in (False, True))
+    assert supervised(plain, tiny_processor) == f"{answer}<|im_end|><think>a</think>\nYes<|im_end|>"
+    assert supervised(masked, tiny_processor) == f"{learned}Yes<|im_end|>"
+    assert (plain.ids_T == masked.ids_T).all()
+    assert measure(of, tiny_processor) == (masked.num_tokens, masked.num_tiles)
+
+
+@relaxed
+@given(thought=texts, answer=texts)
+def test_learned_parts_are_a_suffix_of_the_answer_for_any_text(tiny_processor: Any, thought: str, answer: str) -> None:
+    of = record(("user", "q"), ("assistant", f"<think>{thought}</think>\n{answer.replace('think', '')}."))
+    plain, masked = (encode(of, [], tiny_processor, answer_only=only) for only in (False, True))
+    kept = np.flatnonzero(masked.targets_T != -100)
+    all_ = np.flatnonzero(plain.targets_T != -100)
+    assert 0 < len(kept) < len(all_)
+    assert kept.tolist() == all_[-len(kept) :].tolist()
+    assert "</think>" not in supervised(masked, tiny_processor)
+    assert (masked.targets_T[kept] == plain.targets_T[kept]).all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("<think>one, two and so", "message 2 has a thought without an end"),
+        ("<think>a</think> so <think>b", "message 2 has a thought without an end"),
+        ("<think>one, two</think>\n\n", "message 2 is a thought without an answer"),
+    ],
+)
+def test_a_thought_without_an_answer_is_rejected_only_where_answers_alone_are_learned(
+    tiny_processor: Any, answer: str, reason: str
+) -> None:
+    of = record(("user", "<think> is free here"), ("assistant", answer))
+    assert encode(of, [], tiny_processor).num_tokens == measure(of, tiny_processor)[0]
+    assert encode(record(("user", answer)), [], tiny_processor, generate=True, answer_only=True).num_tokens > 0
+    with pytest.raises(RecordError, match=f"record r1: {reason}"):
+        encode(of, [], tiny_processor, answer_only=True)

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -298,3 +298,30 @@ def test_reads_files_end_to_end(tiny_processor: Any, tmp_path: Path) -> None:
     reasons = {r.id: r.reason for step in plain for b in step for r in b.rejects}
     assert set(reasons) == {"r3", "data/5", "data/12"}
     assert "3.png" in reasons["r3"] and "no such file" in reasons["data/5"] and "line 13" in reasons["data/12"]
+
+
+class Thinker(Made):
+    """Every answer is a thought and an answer; of row 9 the thought never ends."""
+
+    def record(self, row: int) -> Record:
+        made = super().record(row)
+        answer = f"<think>{'hm ' * (row % 5)}</think>\n{row}." if row != 9 else "<think>hm"
+        return replace(made, messages=(made.messages[0], Message(role="assistant", text=answer)))
+
+
+def test_thoughts_are_masked_in_the_named_sources_and_move_nothing(tiny_processor: Any) -> None:
+    def new(**changes: Any) -> Loader:
+        return loader(tiny_processor, {"a": Thinker("a", 41), "b": Thinker("b", 8)}, max_tokens=260, **changes)
+
+    plain, masked = (take(new(answer_only=names), 10) for names in ((), ("a",)))
+    rejects = [reject for step in masked for batch in step for reject in batch.rejects]
+    assert {reject.id for reject in rejects} == {"a-9"} and "thought without an end" in rejects[0].reason
+    heard = {"a": set[str](), "b": set[str]()}
+    for was, now in zip([b for s in plain for b in s], [b for s in masked for b in s], strict=True):
+        assert was.cu_seqlens.equal(now.cu_seqlens) and was.state == now.state
+        for start, end in pairwise(now.cu_seqlens.tolist()):
+            inside = (now.rows_R >= start) & (now.rows_R < end)
+            name = "a" if "\na " in tiny_processor.tokenizer.decode(now.ids_T[start:end]) else "b"
+            heard[name].add(tiny_processor.tokenizer.decode(now.targets_R[inside]))
+    assert all("think" not in text for text in heard["a"]) and "7.<|im_end|>" in heard["a"]
+    assert all(text.startswith("<think>") for text in heard["b"] if text)

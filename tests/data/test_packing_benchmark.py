@@ -68,3 +68,19 @@ def test_unusable_files_are_refused(tmp_path: Path, arrays: dict[str, Any], reas
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(SystemExit, match=reason):
         SCRIPT["main"](["--samples", str(tmp_path / "s.npz"), "--ranks", "1"])
+
+
+def test_lanes_with_a_pool_wait_less_and_the_price_is_stated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--samples", str(write(tmp_path / "s.npz")), "--sync-pool", "16", "--lanes", "8", "--lane-group", "4"]
+    SCRIPT["main"]([*arguments, "--steps", "60", "--json", str(out)])
+    plain, pooled = json.loads(out.read_text())
+    assert (plain["sync_pool"], pooled["sync_pool"]) == (0, 16)
+    assert set(pooled["efficiency"]) == {"2", "4", "8"}
+    assert pooled["efficiency"]["4"] > plain["efficiency"]["4"] + 0.01
+    assert 0 < plain["tiles_cv"] < 1 and pooled["longest_wait"] > 0
+    assert capsys.readouterr().out.count("\n") == 4
+    with pytest.raises(SystemExit):
+        SCRIPT["main"]([*arguments, "--lanes", "6"])
