@@ -13,11 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import typer
 from PIL import Image
 
 from sailvl import cli
 from sailvl.geometry import ImagePolicy
+from sailvl.model import checkpoint
+from sailvl.model.processing import SailVLProcessor
 from sailvl.recipes.nano import NANO
 from sailvl.types import Completion
 
@@ -351,6 +354,25 @@ def test_ask_draws_boxes(sail: Any, trained: Path, tmp_path: Path, said: dict[st
     assert code == 2 and "needs a picture" in err
 
 
+def test_soup_greedy_and_its_base(sail: Any, trained: Path, tmp_path: Path) -> None:
+    (model,) = (trained / "run").glob("stages/01-*/model")
+    stranger = checkpoint.load(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in stranger.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    checkpoint.save(stranger, SailVLProcessor.from_pretrained(model), tmp_path / "stranger")
+    words = ["soup", str(model), str(tmp_path / "stranger"), "--base", str(model)]
+    code, _, err = sail(*words, "--out", "half", "--greedy", "gone.jsonl")
+    assert code == 2 and "gone.jsonl: no such file" in err
+    code, out, err = sail(*words, "--out", "half", "--greedy", str(trained / "rows.jsonl"))
+    assert code == 0 and "likely to be noise" in err and "(left out)" in out and out.splitlines()[-1].endswith("half")
+    code, out, _ = sail(*words, "--out", "whole", "--json")
+    assert code == 0 and len(json.loads(out)["of"]) == 2 and len(json.loads(out)["warnings"]) == 1
+    kept, same = (checkpoint.load(folder).lm_head.weight for folder in (tmp_path / "half", model))
+    assert torch.equal(kept, same)
+
+
 def test_training_again_keeps_what_is_done_and_report_and_soup_work(sail: Any, trained: Path, tmp_path: Path) -> None:
     code, out, _ = sail("train", str(trained / "mine.yaml"), "--out", str(trained / "run"))
     assert code == 0 and "kept" in out and "report.html" in out and "\x1b" not in out
@@ -384,3 +406,127 @@ def test_ctrl_c_is_exit_code_130_and_says_how_to_continue(trained: Path, tmp_pat
     assert process.returncode == 130 and "Traceback" not in err
     assert f"continues where it stopped: sailvl train {trained}/mine.yaml steps=100000" in err
     assert list(tmp_path.glob("run/stages/*/checkpoints/step-*"))
+
+
+# ---- costs, trackers, and data of one's own -------------------------------------------------------------------------
+
+
+def test_plan_on_gpus_says_what_it_costs_without_torch(tmp_path: Path) -> None:
+    words = ["plan", "nano", "--gpus", "1", "--gpu", "l4", "--mfu", "0.3", "--json"]
+    result = subprocess.run([sys.executable, "-c", HEAVY, *words], capture_output=True, text=True, cwd=ROOT, check=True)
+    found = json.loads(result.stdout)
+    assert result.stderr.strip() == "[]"
+    assert (found["gpus"], found["gpu"], found["mfu"]) == (1, "l4", 0.3) and found["assumed"]
+    trained = [stage.name for stage in NANO.stages if stage.kind == "train"]
+    assert [row["name"] for row in found["costs"]] == trained
+    assert all(row["fits"] and row["memory"]["total"] > 1.5e9 and not row["advice"] for row in found["costs"])
+    assert found["gpu_hours"] == pytest.approx(24 * found["days"])
+
+
+def test_plan_on_gpus_prints_what_does_not_fit(sail: Any, tmp_path: Path) -> None:
+    text = FLAT.replace("{kind: fresh, side: 28, max_tiles: 1}", "{kind: fresh, size: 8b}")
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    code, out, _ = sail("plan", "a.yaml", "--gpus", "8", "lanes=64", "max_tokens=8192", "max_tiles=32")
+    assert code == 0 and "does not fit. Fits with parallel.checkpointing=" in out and "CUDA context" in out
+    code, out, _ = sail("plan", "a.yaml", "--gpus", "3", "lanes=8")
+    assert code == 0 and "set lanes=9" in out
+    code, _, err = sail("plan", "a.yaml", "--gpus", "8", "--gpu", "h1000")
+    assert code == 2 and "did you mean 'h100'" in err
+    code, _, err = sail("plan", "a.yaml", "--gpus", "8", "model={kind: checkpoint, path: nowhere}")
+    assert code == 2 and "nowhere: no model folder here" in err
+
+
+def test_a_tracker_that_is_not_there_stops_before_anything_runs(
+    sail: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text(FLAT, encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    for name, say in (("trackio", "pip install trackio"), ("mlflow", "trackers: tensorboard, wandb, trackio")):
+        code, _, err = sail("train", "a.yaml", "--track", name)
+        assert code == 2 and say in err and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+class Tracker(ModuleType):
+    """Stands for trackio."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.steps: list[int] = []
+
+    def init(self, **given: Any) -> None:
+        self.given = given
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert values["loss"] > 0
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        pass
+
+
+CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}]
+SHARED = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}]
+
+
+def test_training_on_both_usual_forms_mirrors_its_metrics(
+    sail: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    rows = [{"images": ["a.png"], "messages": CHAT}, {"image": "a.png", "conversations": SHARED}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(FLAT + "log_every: 1\n", encoding="utf-8")
+    code, _, err = sail("train", "a.yaml", "--track", "trackio", "--json")
+    assert code == 0, err
+    (stage,) = (tmp_path / "runs/a/stages").iterdir()
+    assert tracker.steps == [1, 2] and tracker.given["project"] == "a" and tracker.given["name"] == stage.name
+    assert not (stage / "rejects.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "recipe", "say"),
+    [
+        (None, FLAT, "rows.jsonl"),  # no such file
+        ([], FLAT, "rows.jsonl"),
+        ([{"images": ["a.png"], "messages": CHAT}], FLAT.replace("kind: jsonl", "kind: jsonlines"), "jsonl"),
+        ([{"images": ["a.png"], "messages": CHAT}], FLAT.replace("path: rows", "pth: rows"), "did you mean 'path'"),
+        ([{"images": ["a.png"], "messages": CHAT}], FLAT.replace("kind: fresh, side", "kind: fresh, sides"), "side"),
+        (
+            [{"images": ["a.png"], "messages": CHAT}],
+            FLAT.replace("{kind: fresh, side: 28, max_tiles: 1}", "{kind: checkpoint, path: nowhere}"),
+            "nowhere",
+        ),
+    ],
+)
+def test_what_is_wrong_with_own_data_is_said_in_a_line(
+    sail: Any, tmp_path: Path, rows: list[Any] | None, recipe: str, say: str
+) -> None:
+    if rows is not None:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(recipe, encoding="utf-8")
+    code, _, err = sail("train", "a.yaml")
+    assert code == 2 and say in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("row", "say"),
+    [
+        ({"images": ["none.png"], "messages": CHAT}, "none.png"),
+        ({"images": ["a.png"], "mesages": CHAT}, "messages"),
+        ({"images": ["text.png"], "messages": CHAT}, "text.png"),
+        ({"images": ["a.png"], "messages": CHAT[:1]}, ""),
+    ],
+)
+def test_a_broken_row_is_left_out_and_its_reason_kept(sail: Any, tmp_path: Path, row: Any, say: str) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("hello", encoding="utf-8")
+    rows = [{"images": ["a.png"], "messages": CHAT}, row]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(FLAT, encoding="utf-8")
+    code, _, err = sail("train", "a.yaml", "--json")
+    assert code == 0, err
+    (file,) = tmp_path.glob("runs/a/stages/*/rejects.jsonl")
+    reasons = [json.loads(line)["reason"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert reasons and all(say in reason for reason in reasons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,28 +16,79 @@ from sailvl.cli.app import InputError, Json, Threads, app, find_model, is_model,
 def soup(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model folders of one family.")],
     out: Annotated[Path, typer.Option(help="Folder for the average; must not exist yet.")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="What they branched from: warn of those that did not.")
+    ] = None,
+    greedy: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Average only those that lower the loss on these conversations."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Average models that branched from one trained model.
+    """Average models that branched from one trained model: all of them, or those that help.
 
     \b
     sailvl soup runs/a/stages/01-sft-*/model runs/b/stages/01-sft-*/model --out runs/soup
+    sailvl soup a/model b/model c/model --base sft-2/model --greedy held_out.jsonl --out runs/soup
     """
-    faults = [f"{path}: no model folder (it would hold a config.json)" for path in models if not is_model(path)]
+    given = [*models, *([base] if base else [])]
+    faults = [f"{path}: no model folder (it would hold a config.json)" for path in given if not is_model(path)]
     if len(models) < 2:
         faults.append("an average needs at least two models")
     if out.exists():
         faults.append(f"{out} exists; choose a new folder")
+    if greedy is not None and not greedy.is_file():
+        faults.append(f"{greedy}: no such file")
     if faults:
         raise InputError("\n".join(faults))
-    from sailvl.train.soup import SoupError
+    from sailvl.train.soup import SoupError, greedy_soup, homology
     from sailvl.train.soup import soup as average
 
+    found: dict[str, Any] = {"model": str(out), "of": [str(path) for path in models]}
     try:
-        average(models, out)
+        found["warnings"] = homology(models, base).faults() if base else []
+        for warning in found["warnings"]:
+            typer.secho(warning, fg="yellow", err=True)
+        if greedy is None:
+            average(models, out)
+        else:
+            made = greedy_soup(models, out, _held_out_score(greedy))
+            found["of"] = [str(path) for path in made.kept]
+            found |= {"loss": -made.score, "losses": {str(path): -score for path, score in made.scores}}
     except SoupError as error:
         raise InputError(str(error)) from error
-    print_json({"model": str(out), "of": [str(path) for path in models]}) if json else typer.echo(str(out))
+    if json:
+        print_json(found)
+        return
+    for path, loss in found.get("losses", {}).items():
+        typer.echo(f"loss {loss:.4f}  {path}{'' if path in found['of'] else '  (left out)'}")
+    typer.echo(str(out) if greedy is None else f"loss {found['loss']:.4f}  {out}")
+
+
+def _held_out_score(data: Path) -> Callable[[Path], float]:
+    """Minus a model's mean loss on a file's conversations, the same packs for every model."""
+    from sailvl.curriculum import Train, Validation
+    from sailvl.data.source import JsonlSource
+    from sailvl.run import load_model
+    from sailvl.train.step import resolve_precision
+    from sailvl.train.validate import held_out, mean_loss
+    from sailvl.types import Mixture
+
+    source, mixture = JsonlSource(data, "held-out"), Mixture(shares={"held-out": 1.0})
+    stage = Train(
+        name="soup", data=mixture, trains=("lm",), steps=1, lr=1.0, max_tokens=4096, max_tiles=64,
+        validation=Validation(data=mixture, every=1),
+    )  # fmt: skip
+
+    def score(folder: Path) -> float:
+        model, processor = load_model(folder)
+        precision = resolve_precision("auto", model.device)
+        loss = mean_loss(model, held_out(stage, {"held-out": source}, processor), precision)
+        if loss is None:
+            raise InputError(f"{data}: nothing in it is an answer to learn from")
+        return -loss
+
+    return score
 
 
 @app.command()

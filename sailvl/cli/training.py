@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,11 +16,16 @@ from sailvl.cli.app import InputError, Json, Threads, Workers, app, print_json, 
 if TYPE_CHECKING:
     from sailvl.curriculum import Curriculum
     from sailvl.run import StageReport
+    from sailvl.train.plan import StageCost
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (nano) or a YAML/JSON file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as stages.pretrain.lr=1e-4."),
+]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Mirror the metrics to tensorboard, wandb or trackio; may be given again."),
 ]
 
 
@@ -31,6 +37,7 @@ def run(
     workers: Workers = 0,
     threads: Threads = 0,
     shrink: Annotated[float, typer.Option(min=1, help="Divide all steps by this: a first look at the same graph.")] = 1,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Run a curriculum: every stage that is not finished yet, then the report.
@@ -42,9 +49,10 @@ def run(
     sailvl run nano
     sailvl run nano --shrink 10 --out runs/look
     sailvl run recipe.yaml stages.multitask.steps=500 --workers 2
+    torchrun --nproc-per-node 8 -m sailvl run recipe.yaml --track tensorboard
     """
     curriculum = _read_recipe(recipe, overrides or [], shrink)
-    _run(curriculum, out or Path("runs") / curriculum.name, workers, threads, json)
+    _run(curriculum, out or Path("runs") / curriculum.name, workers, threads, track or [], json)
 
 
 @app.command()
@@ -54,6 +62,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
     workers: Workers = 0,
     threads: Threads = 0,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Train on your own data: one stage written flat, or a whole curriculum.
@@ -62,19 +71,26 @@ def train(
 
     \b
     name: captions
-    model: {kind: checkpoint, path: runs/nano/stages/12-longcot-0a1b2c3d/model}
+    model: {kind: checkpoint, path: SAIL-VL2-2B}
     sources:
       mine: {kind: jsonl, path: captions.jsonl}
     trains: [projector, lm]
     steps: 200
-    max_tokens: 2048
+    max_tokens: 8192
     max_tiles: 32
-    lr: 1e-4
+    lr: 1e-5
 
     \b
-    Each line of captions.jsonl:
+    Each line of captions.jsonl, in either of the two usual forms:
     {"images": ["cat.png"], "messages": [{"role": "user", "content": "What is this?"},
                                          {"role": "assistant", "content": "A cat."}]}
+    {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>What is this?"},
+                                           {"from": "gpt", "value": "A cat."}]}
+
+    \b
+    Other kinds of source: the same columns in Parquet files, and WebDataset shards:
+      mine: {kind: parquet, path: "captions/*.parquet"}
+      mine: {kind: webdataset, path: "shards/train-*.tar"}
 
     \b
     To train small adapters (LoRA) of these parts instead of their weights, add a line; the stage then leaves the
@@ -83,12 +99,13 @@ def train(
 
     \b
     sailvl train captions.yaml
-    sailvl train captions.yaml lr=5e-5 steps=400 --out runs/slow
+    sailvl train captions.yaml lr=5e-6 steps=400 --out runs/slow --track tensorboard
+    torchrun --nproc-per-node 8 -m sailvl train captions.yaml lanes=32
     """
     if not recipe.is_file():
         raise InputError(f"{recipe}: no such file")
     curriculum = _read_recipe(str(recipe), overrides or [])
-    _run(curriculum, out or Path("runs") / curriculum.name, workers, threads, json)
+    _run(curriculum, out or Path("runs") / curriculum.name, workers, threads, track or [], json)
 
 
 @app.command()
@@ -96,19 +113,30 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     shrink: Annotated[float, typer.Option(min=1, help="Divide all steps by this.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Say what it costs on so many GPUs.")] = None,
+    gpu: Annotated[str, typer.Option(help="Their kind, such as a100-80, h100, h200, b200.")] = "h100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of their peak that training reaches.")] = 0.4,
     json: Json = False,
 ) -> None:
     """Print a curriculum's stages, and every fault of its graph, without computing anything.
 
+    With --gpus also memory, days and communication of each stage on such GPUs, and what to change where it does not
+    fit.
+
     \b
     sailvl plan nano
     sailvl plan recipe.yaml stages.multitask.steps=500
+    sailvl plan recipe.yaml --gpus 16 --gpu h100 --mfu 0.4
     """
     from dataclasses import asdict
 
     from sailvl.curriculum import plan as plan_rows
 
-    rows = [asdict(row) for row in plan_rows(_read_recipe(recipe, overrides or [], shrink))]
+    curriculum = _read_recipe(recipe, overrides or [], shrink)
+    rows = [asdict(row) for row in plan_rows(curriculum)]
+    if gpus is not None:
+        _plan_on(curriculum, rows, gpus, gpu, mfu, json)
+        return
     if json:
         print_json({"stages": rows})
         return
@@ -129,6 +157,67 @@ def plan(
     table.add_section()
     table.add_row("total", "", "", f"{sum(r['steps'] for r in rows):,}", f"{sum(r['max_tokens'] for r in rows):,}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _plan_on(curriculum: Curriculum, rows: list[dict[str, Any]], gpus: int, kind: str, mfu: float, json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sailvl.config import did_you_mean
+    from sailvl.train.hardware import GPUS
+    from sailvl.train.plan import ASSUMED, costs
+
+    if kind not in GPUS:
+        raise InputError(f"--gpu: unknown kind '{kind}'; {did_you_mean(kind, GPUS)} (known: {', '.join(GPUS)})")
+    found = costs(curriculum, gpus=gpus, gpu=GPUS[kind], mfu=mfu)
+    days = sum(each.days for each in found)
+    if json:
+        values = [asdict(each) | {"memory": asdict(each.memory) | {"total": each.memory.total}} for each in found]
+        given = {"gpus": gpus, "gpu": kind, "mfu": mfu, "days": days, "gpu_hours": days * gpus * 24}
+        print_json({"stages": rows, "costs": values, "assumed": list(ASSUMED)} | given)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", overflow="fold")
+    titles = "weights grads adam whole activations loss+ ema total host steps TFLOP/step s/step days comm".split()
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in found:
+        table.add_row(*_cost_cells(each, next(row["steps"] for row in rows if row["name"] == each.name)))
+    table.add_section()
+    table.add_row("total", *[""] * 12, f"{days:.2f}", "")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    memory = GPUS[kind].memory
+    console.print(f"{gpus} x {kind} ({memory:g} GB) at {mfu:.0%} of its peak; GB of each, the peak of a step:")
+    console.print(table)
+    for each in found:
+        if each.advice:
+            console.print(
+                f"{each.name}: {'' if each.fits else 'does not fit. '}{each.advice}", markup=False, soft_wrap=True
+            )
+        if each.traffic_share > 1:
+            text = (
+                f"{each.name}: communication takes {each.traffic_share:.1f} times the computation's time: raise lanes"
+            )
+            text += f" and parallel.packs_per_forward, or with {gpus} GPUs on several nodes set parallel.replicas."
+            console.print(text, markup=False, soft_wrap=True)
+    for line in ASSUMED:
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _cost_cells(each: StageCost, steps: int) -> list[str]:
+    """A row of the table: GB with one digit, nothing where there is nothing."""
+    memory = each.memory
+    own = (memory.weights, memory.gradients, memory.optimizer, memory.gathered, memory.activations, memory.loss)
+    cells = [_gigabytes(size) for size in (*own, memory.ema, memory.total, memory.host)]
+    cells[7] += "" if each.fits else " !"
+    time = f"{each.step_seconds:.3g}", f"{each.days:.2f}", f"{each.traffic_share:.0%}" if each.traffic else ""
+    return [each.name, *cells, f"{steps:,}", f"{each.flops / 1e12:,.3g}", *time]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f}" if size >= 5e7 else "0" if size else ""
 
 
 @app.command()
@@ -182,7 +271,17 @@ def _read_recipe(source: str, overrides: list[str], factor: float = 1) -> Curric
     return shrink(curriculum, factor) if factor > 1 else curriculum
 
 
-def _run(curriculum: Curriculum, out: Path, workers: int, threads: int, json: bool) -> None:
+def _run(curriculum: Curriculum, out: Path, workers: int, threads: int, track: list[str], json: bool) -> None:
+    from sailvl import log
+
+    try:
+        with log.tracking(track):
+            _run_tracked(curriculum, out, workers, threads, json)
+    except log.TrackerError as error:
+        raise InputError(f"--track: {error}") from error
+
+
+def _run_tracked(curriculum: Curriculum, out: Path, workers: int, threads: int, json: bool) -> None:
     from sailvl.run import run as run_curriculum
 
     settle_libraries(threads)
@@ -199,6 +298,8 @@ def _run(curriculum: Curriculum, out: Path, workers: int, threads: int, json: bo
     except KeyboardInterrupt:
         typer.echo(again, err=True)
         raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return
     if json:
         print_json(_summary(out, reports))
         return

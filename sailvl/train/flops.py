@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sailvl.model.configuration import SailVLConfig
-from sailvl.types import Batch
+if TYPE_CHECKING:
+    from sailvl.model.configuration import SailVLConfig
+    from sailvl.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,15 @@ class Shape:
         if self.grids is None:
             return [config.vision_config.num_patches] * self.num_tiles
         return [rows * columns for rows, columns in self.grids]
+
+    def times(self, count: int) -> Shape:
+        """The shape of so many such packs joined."""
+        return Shape(
+            lengths=self.lengths * count,
+            num_tiles=self.num_tiles * count,
+            num_supervised=self.num_supervised * count,
+            grids=None if self.grids is None else self.grids * count,
+        )
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -73,6 +83,12 @@ def step_flops(
         + _lm(config, shape, trains, lora_rank, 4 if square_attention else 2)
         for shape in shapes
     )
+
+
+def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilization: the fraction of the devices' ``peak`` (FLOP/s of each) that ``flops`` of work in
+    ``seconds`` are. None where the peak is unknown."""
+    return flops / (seconds * devices * peak) if peak and seconds > 0 else None
 
 
 def _adapters(rows: int, rank: int, sides: int, first: int) -> int:
@@ -120,7 +136,7 @@ def _lm(config: SailVLConfig, shape: Shape, trains: Collection[str], rank: int |
     if "lm" in trains and rank is not None:
         unseen = 3 * text.hidden_size if len(trains) == 1 else 0  # what the first query, key and value see
         sides = text.num_hidden_layers * (4 * text.hidden_size + 2 * queries + 2 * keys)
-        sides += _dense_layers(text) * 3 * (text.hidden_size + text.intermediate_size)
+        sides += dense_layers(text) * 3 * (text.hidden_size + text.intermediate_size)
         frozen = 2 * text.hidden_size * (queries + 2 * keys) * sum(shape.lengths) if unseen else 0
         extra = _adapters(sum(shape.lengths), rank, sides, unseen)
         return int(2 * (linear + head) + 3 * attention - frozen + extra)
@@ -129,7 +145,8 @@ def _lm(config: SailVLConfig, shape: Shape, trains: Collection[str], rank: int |
     return total
 
 
-def _dense_layers(text: Any) -> int:
+def dense_layers(text: Any) -> int:
+    """Layers of a language model without experts."""
     layers: int = text.num_hidden_layers
     if not getattr(text, "num_experts", 0):
         return layers
@@ -138,7 +155,7 @@ def _dense_layers(text: Any) -> int:
 
 def _mlp_weights(text: Any) -> int:
     """Weights of all layers' feed-forward blocks that one token meets: of a sparse layer the router and K experts."""
-    dense = _dense_layers(text)
+    dense = dense_layers(text)
     total: int = dense * 3 * text.hidden_size * text.intermediate_size
     if dense < text.num_hidden_layers:
         active = text.hidden_size * (text.num_experts + 3 * text.num_experts_per_tok * text.moe_intermediate_size)
