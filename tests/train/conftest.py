@@ -1,5 +1,6 @@
 """A tiny model, a byte tokenizer, and a file of mixed samples, on disk as a user would have them."""
 
+import importlib.util
 import json
 import random
 from dataclasses import replace
@@ -28,6 +29,24 @@ LM = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def group():
+    """``tests/train/group.py``, which runs functions in several processes."""
+    spec = importlib.util.spec_from_file_location("group", Path(__file__).with_name("group.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def states():
+    """``tests/train/states.py``, which makes the state of a stage, sharded where there are several processes."""
+    spec = importlib.util.spec_from_file_location("states", Path(__file__).with_name("states.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

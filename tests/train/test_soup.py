@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sailvl.model import checkpoint
-from sailvl.train.soup import SoupError, soup
+from sailvl.train.soup import SoupError, greedy_soup, homology, soup
 
 
 def folder(path, tensors, **files):
@@ -118,3 +119,116 @@ def test_a_real_model_loads_from_its_soup_and_is_the_average(tmp_path, assets, m
     assert AutoProcessor.from_pretrained(out).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+# ---- greedy -----------------------------------------------------------------------------------------------------
+
+
+def numbers(tmp_path, *values):
+    return [folder(tmp_path / f"m{i}", {"w": torch.tensor([float(v)])}) for i, v in enumerate(values)]
+
+
+def value_of(path):
+    return load_file(path / "model.safetensors")["w"].item()
+
+
+def nearest(target, asked=None):
+    def score(path):
+        if asked is not None:
+            asked.append(value_of(path))
+        return -abs(value_of(path) - target)
+
+    return score
+
+
+def test_greedy_adds_in_order_of_score_what_does_not_make_it_worse(tmp_path):
+    asked = []
+    paths = numbers(tmp_path, 9.0, 1.0, 6.0, 2.0)
+    found = greedy_soup(paths, tmp_path / "soup", nearest(4.0, asked))
+    assert asked[:4] == [9.0, 1.0, 6.0, 2.0], "every model alone"
+    # best first: 6 and 2 (equal, in the order given), 1, 9; (6 + 2) / 2 = 4 is kept, then neither 3 nor 17 / 3
+    assert asked[4:] == [4.0, 3.0, pytest.approx(17 / 3)]
+    assert found.kept == (paths[2], paths[3]) and found.score == 0.0
+    assert [path for path, _ in found.scores] == [paths[2], paths[3], paths[1], paths[0]]
+    assert value_of(tmp_path / "soup") == 4.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2", "m3", "soup"]
+
+
+def test_greedy_is_never_worse_than_the_best_and_keeps_equals(tmp_path):
+    paths = numbers(tmp_path, 4.0, 100.0)
+    assert greedy_soup(paths, tmp_path / "soup", nearest(4.0)).kept == (paths[0],) and value_of(tmp_path / "soup") == 4
+    same = greedy_soup(paths, tmp_path / "all", lambda path: 0.0)
+    assert same.kept == tuple(paths) and value_of(tmp_path / "all") == 52.0
+    assert greedy_soup(paths[:1], tmp_path / "one", nearest(0.0)).kept == (paths[0],)
+
+
+def test_greedy_needs_models_and_numbers(tmp_path):
+    with pytest.raises(SoupError, match="at least one"):
+        greedy_soup([], tmp_path / "soup", nearest(0.0))
+    paths = numbers(tmp_path, 1.0, 2.0)
+    with pytest.raises(SoupError, match="m0 is not a number"):
+        greedy_soup(paths, tmp_path / "soup", lambda path: float("nan"))
+
+    def stopped(path):
+        if path.name.startswith("."):
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        greedy_soup(paths, tmp_path / "soup", stopped)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1"]
+
+
+# ---- homology ---------------------------------------------------------------------------------------------------
+
+
+def drawn(seed, scale=1.0):
+    draw = torch.Generator().manual_seed(seed)
+    return {"a": scale * torch.randn(200, 300, generator=draw), "b": scale * torch.randn(500, generator=draw)}
+
+
+def plus(*parts):
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def test_distances_and_cosines_are_those_of_the_whole_vectors(tmp_path):
+    base, one, two = drawn(0), drawn(1, 0.1), drawn(2, 0.2)
+    shared = drawn(3, 0.1)
+    models = [plus(base, one, shared), plus(base, two, shared), base]
+    paths = [folder(tmp_path / str(i), {**m, "ids": torch.arange(3)}) for i, m in enumerate(models)]
+    origin = folder(tmp_path / "base", {**base, "ids": torch.arange(3)})
+    found = homology(paths, origin)
+    flat = [torch.cat([(m[n].double() - base[n].double()).flatten() for n in ("a", "b")]) for m in models]
+    whole = torch.cat([base[n].double().flatten() for n in ("a", "b")])
+    assert found.distances == pytest.approx([float(v.norm() / whole.norm()) for v in flat], rel=1e-12)
+    cosine = float(flat[0] @ flat[1] / flat[0].norm() / flat[1].norm())
+    assert found.cosines[0][1] == found.cosines[1][0] == pytest.approx(cosine, rel=1e-9)
+    assert found.cosines[0][0] == pytest.approx(1.0) and found.cosines[2][0] != found.cosines[2][0]
+    assert found.faults() == [], "branches that share a direction, and the base itself"
+
+
+def test_a_stranger_is_warned_of_before_it_is_averaged(tmp_path):
+    base, shared = drawn(0), drawn(3, 0.05)
+    origin = folder(tmp_path / "base", base)
+    paths = [folder(tmp_path / str(i), plus(base, shared, drawn(10 + i, 0.05))) for i in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        soup(paths, tmp_path / "kin", base=origin)
+    stranger = folder(tmp_path / "stranger", drawn(99))
+    with pytest.warns(UserWarning, match=r"stranger is 1\.4\d times the length of .*base away"):
+        soup([*paths, stranger], tmp_path / "mixed", base=origin)
+
+
+def test_unrelated_and_opposed_directions_are_warned_of(tmp_path):
+    base, way = drawn(0), drawn(1, 0.05)
+    against = {name: -value for name, value in way.items()}
+    origin = folder(tmp_path / "base", base)
+    paths = [folder(tmp_path / str(i), plus(base, m)) for i, m in enumerate((way, against, drawn(7, 0.05)))]
+    faults = homology(paths, origin).faults()
+    assert len(faults) == 3 and "cosine -1.000" in faults[0] and all("may be worse than either" in f for f in faults)
+
+
+def test_a_base_of_another_shape_is_refused(tmp_path):
+    paths = [folder(tmp_path / "a", drawn(0))]
+    with pytest.raises(SoupError, match="hold different tensors"):
+        homology(paths, folder(tmp_path / "base", {"a": drawn(0)["a"]}))

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from sailvl.train import optim
+from sailvl.train import ema, optim
 from sailvl.train.loop import set_up
 from sailvl.train.state import Counts, count_step, roll_back, take_snapshot
 from sailvl.train.step import train_step
@@ -92,3 +92,62 @@ def test_counts(batches):
     for counts in (one, bad, count_step(batches, 5.0, 1.0, 20, seconds=1.0)):
         total.add(copy.copy(counts))
     assert (total.loss, total.seconds, total.supervised_tokens) == (4.0, 2.0, 30)
+
+
+def test_host_buffers_are_made_once(state):
+    first = take_snapshot(state)
+    places = {name: buffer.data_ptr() for name, buffer in state.host.items()}
+    advance(state, 1)
+    second = take_snapshot(state)
+    assert places == {name: buffer.data_ptr() for name, buffer in state.host.items()}
+    assert all(value.data_ptr() == first.weights[name].data_ptr() for name, value in second.weights.items())
+    before = bits(state)
+    state.snapshot = second
+    advance(state, 1, lr=1.0)
+    roll_back(state, rewind=False)
+    assert equal(before, bits(state))
+
+
+def test_the_average_and_the_counts_of_experts_go_back_too(state):
+    state.ema, state.expert_counts = ema.start(state.model, 0.9), torch.arange(4)
+    advance(state, 1)
+    ema.update(state.ema, state.model)
+    before = {name: value.clone() for name, value in state.ema.weights.items()}
+    state.snapshot = take_snapshot(state)
+    advance(state, 1)
+    ema.update(state.ema, state.model)
+    state.expert_counts = state.expert_counts + 1
+    assert not equal(before.values(), state.ema.weights.values())
+    roll_back(state, rewind=True)
+    assert equal(before.values(), state.ema.weights.values()) and state.ema.updates == 1
+    assert torch.equal(state.expert_counts, torch.arange(4))
+
+
+def test_a_snapshot_from_before_the_first_step(stage, model, processor, sources):
+    made = set_up(stage(), model, processor, sources, workers=0)
+    made.snapshot = take_snapshot(made)
+    losses = advance(made, 2)
+    roll_back(made, rewind=True)
+    assert not made.optimizer.state and advance(made, 2) == losses
+
+
+def there_and_back(states, assets, stage, processor, sources):
+    state = states.make(assets, stage(ema=0.9), processor, sources)
+    found = []
+    for _ in range(2):  # the second time over the same buffers
+        states.move(state)
+        before = states.digests(state)
+        state.snapshot = take_snapshot(state)
+        states.move(state, 2)
+        moved = states.digests(state)
+        roll_back(state, rewind=False)
+        found.append((states.digests(state) == before, all(moved[name] != before[name] for name in before)))
+    sizes = sum(buffer.numel() for name, buffer in state.host.items() if name.startswith("snapshot.weights"))
+    return found, sizes
+
+
+def test_each_process_copies_its_shard_and_goes_back_bit_for_bit(group, states, assets, stage, processor, sources):
+    results = group.together(2, there_and_back, states, assets, stage, processor, sources)
+    assert all(found == [(True, True)] * 2 for found, _ in results)
+    whole = there_and_back(states, assets, stage, processor, sources)[1]
+    assert sum(size for _, size in results) == whole, "no weight is copied twice"
