@@ -222,6 +222,32 @@ class Jsonl:
 
 
 @value
+class Parquet:
+    """Conversations in a Parquet file, a folder of them, or a pattern; pictures inside, or below ``image_root``.
+
+    ``num_frames`` are taken of a clip, unless its record says how many. Needs the extra ``parquet``.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    image_root: str | None = None
+    num_frames: Annotated[int, Field(ge=1, le=1024)] = 16
+
+
+@value
+class WebDataset:
+    """Samples in a plain tar shard, a folder of them, or a pattern (``train-*.tar``).
+
+    ``prompt`` is what is asked about a picture that has a caption (``txt``) instead of a conversation (``json``).
+    """
+
+    kind: Literal["webdataset"] = "webdataset"
+    path: str
+    prompt: str = ""
+    num_frames: Annotated[int, Field(ge=1, le=1024)] = 16
+
+
+@value
 class Synth:
     """Drawn pictures of ``side`` pixels with exact answers: ``size`` records, drawn evenly from the named families.
 
@@ -238,7 +264,7 @@ class Synth:
     thinking: bool = False
 
 
-Source = Annotated[Jsonl | Synth, Field(discriminator="kind")]
+Source = Annotated[Jsonl | Parquet | WebDataset | Synth, Field(discriminator="kind")]
 
 
 @value
@@ -336,6 +362,8 @@ def _check_train(
             faults.append((f"{path}.fresh", f"a fresh {part} that is not trained stays random; add it to trains"))
     if len(set(stage.trains)) < len(stage.trains):
         faults.append((f"{path}.trains", f"a part is listed twice: {', '.join(stage.trains)}"))
+    if stage.lora is not None and stage.ema is not None:
+        faults.append((f"{path}.ema", "adapters are merged at the end, and their average is not: leave it out"))
     if stage.lora is not None and stage.fresh:
         faults.append((f"{path}.lora", f"adapters beside a fresh {stage.fresh[0]} leave it random; train it first"))
     if stage.lora is not None and stage.init is None and isinstance(curriculum.model, Fresh):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
@@ -46,13 +46,21 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def sums(values: Sequence[float]) -> list[float]:
-    """Each value summed over all processes, in fp64: the same bits everywhere. Counts below 2**53 are exact."""
+def sums(values: Sequence[float | torch.Tensor]) -> list[float]:
+    """Each value (a number, or a tensor of one) summed over all processes, in fp64: the same bits everywhere. Counts
+    below 2**53 are exact."""
     if world_size() == 1:
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64)
     distributed.all_reduce(total)
     return total.tolist()
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` summed over all processes, in place, on its own device and without a wait for it."""
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 def gather(value: T) -> list[T]:
@@ -71,6 +79,12 @@ def broadcast(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What ``work`` gives in the main process, for all; the others wait for it. If it raises, their wait ends in an
+    error of their own when the main process ends."""
+    return broadcast(work() if is_main() else cast(T, None))
 
 
 def barrier() -> None:

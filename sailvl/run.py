@@ -5,6 +5,10 @@ the first model; ``done.json`` is written last and atomically, so a killed run n
 redoes that stage and those that start from it, nothing else; folders of another version of the curriculum move to
 ``old/`` and come back when the curriculum does. The report (section 3) runs each stage by hand from the last one's
 weights; here the order is data.
+
+Under ``torchrun`` all processes walk the same curriculum in the same folder. The main one alone holds the lock, names
+folders, averages, asks the probe and writes ``done.json`` and the report; the others wait for what it found, and all
+train together. An error in any of them ends the run: its launcher ends the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +30,6 @@ from sailvl.curriculum import (
     Checkpoint,
     Curriculum,
     Fresh,
-    Jsonl,
     Probe,
     Soup,
     Synth,
@@ -74,46 +78,109 @@ def run(
     A stage that is finished but was asked other probe questions is asked again, not trained again.
     Raises ConfigError for a faulty curriculum or missing files, LockedError when another process holds the folder.
     KeyboardInterrupt passes through after the running stage has saved itself.
+    Of several processes, which a launcher or the caller has brought together, all must call it.
     """
+    from sailvl import dist
+
     faults = check(curriculum) or _missing_extras(curriculum)
     if faults:
         raise ConfigError(faults, curriculum.name)
-    sources = open_sources(curriculum)
-    prints = fingerprints(curriculum, sources)
-    reports: list[StageReport] = []
-    with lock(out):
+    with dist.processes():
+        faults = _unshareable(curriculum, dist.world_size())
+        if faults:
+            raise ConfigError(faults, curriculum.name)
+        if not dist.is_main():
+            dist.barrier()  # the main process first: what it indexes, the others find
+            say, progress = _say_nothing, None
+        sources = open_sources(curriculum, cache=out / "index")
+        if dist.is_main():
+            dist.barrier()
+        with lock(out) if dist.is_main() else nullcontext():
+            return _walk(curriculum, sources, out, workers=workers, progress=progress, say=say)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _walk(
+    curriculum: Curriculum,
+    sources: Mapping[str, Source],
+    out: Path,
+    *,
+    workers: int,
+    progress: Progress | None,
+    say: Callable[[str], None],
+) -> list[StageReport]:
+    from sailvl.dist import on_main
+
+    def begin() -> tuple[dict[str, str], dict[str, Path]]:
+        prints = fingerprints(curriculum, sources)
         write_json(out / "curriculum.json", to_dict(curriculum))
-        folders = settle(curriculum, out, prints)
-        for index, stage in enumerate(curriculum.stages):
-            label = f"[{index + 1}/{len(curriculum.stages)}] {stage.name}"
-            folder = folders[stage.name]
-            done = read_done(folder)
-            if done is not None and is_probed(curriculum.probe, folder):
-                say(f"{label}: finished before, kept")
-                reports.append(StageReport(name=stage.name, folder=folder, skipped=True, done=done))
-                continue
-            started = time.monotonic()
-            if done is None:
-                say(f"{label}: {_describe(stage)}")
-                trained = _run_stage(curriculum, stage, folders, sources, workers=workers, progress=progress)
-                done = {"stage": stage.name, "kind": stage.kind, "hash": stage_hash(curriculum, stage.name, prints)}
-                # A resumed stage's own clock knows the time before the interruption.
-                seconds = max(time.monotonic() - started, trained.pop("seconds", 0.0))
-                done |= trained | {"seconds": round(seconds, 3)} | surroundings()
-            if curriculum.probe is not None:
-                say(f"{label}: asking {curriculum.probe.samples * len(curriculum.probe.families)} questions")
-                done |= ask_probe(curriculum.probe, folder, progress)
-            write_json(folder / "done.json", done)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only an unfinished stage is resumed
-            reports.append(StageReport(name=stage.name, folder=folder, skipped=False, done=done))
-            if progress:
-                for task in progress.task_ids:
-                    progress.remove_task(task)
-            _write_report(out)
-            say(f"{label}: done in {time.monotonic() - started:.0f} s{_results(done)}")
-        if all(report.skipped for report in reports):
-            _write_report(out)
+        return prints, settle(curriculum, out, prints)
+
+    prints, folders = on_main(begin)
+    reports: list[StageReport] = []
+    for index, stage in enumerate(curriculum.stages):
+        label = f"[{index + 1}/{len(curriculum.stages)}] {stage.name}"
+        folder = folders[stage.name]
+        done, is_asked = on_main(functools.partial(_state_of, curriculum, folder))
+        if done is not None and is_asked:
+            say(f"{label}: finished before, kept")
+            reports.append(StageReport(name=stage.name, folder=folder, skipped=True, done=done))
+            continue
+        started = time.monotonic()
+        if done is None:
+            say(f"{label}: {_describe(stage)}")
+            trained = _run_stage(curriculum, stage, folders, sources, workers=workers, progress=progress)
+            done = {"stage": stage.name, "kind": stage.kind, "hash": stage_hash(curriculum, stage.name, prints)}
+            # A resumed stage's own clock knows the time before the interruption.
+            seconds = max(time.monotonic() - started, trained.pop("seconds", 0.0))
+            done |= trained | {"seconds": round(seconds, 3)} | surroundings()
+        if curriculum.probe is not None:
+            say(f"{label}: asking {curriculum.probe.samples * len(curriculum.probe.families)} questions")
+        done = on_main(functools.partial(_finish, curriculum, stage, out, folder, done, progress))
+        reports.append(StageReport(name=stage.name, folder=folder, skipped=False, done=done))
+        say(f"{label}: done in {time.monotonic() - started:.0f} s{_results(done)}")
+    if all(report.skipped for report in reports):
+        on_main(functools.partial(_write_report, out))
     return reports
+
+
+def _state_of(curriculum: Curriculum, folder: Path) -> tuple[dict[str, Any] | None, bool]:
+    """A stage's ``done.json`` if it is finished, and whether it was asked the probe's questions."""
+    return read_done(folder), is_probed(curriculum.probe, folder)
+
+
+def _finish(
+    curriculum: Curriculum,
+    stage: Train | Soup,
+    out: Path,
+    folder: Path,
+    done: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Ask a trained stage, and write that it is done; gives what ``done.json`` holds then."""
+    if curriculum.probe is not None:
+        done |= ask_probe(curriculum.probe, folder, progress)
+    write_json(folder / "done.json", done)
+    if isinstance(stage, Soup) or not stage.keep_best:  # else they are kept to choose from
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only an unfinished stage is resumed
+    if progress:
+        for task in progress.task_ids:
+            progress.remove_task(task)
+    _write_report(out)
+    return done
+
+
+def _unshareable(curriculum: Curriculum, world_size: int) -> list[tuple[str, str]]:
+    """Faults of stages that so many processes cannot share."""
+    if world_size == 1:
+        return []
+    from sailvl.train.parallel import faults
+
+    stages = [(index, stage) for index, stage in enumerate(curriculum.stages) if isinstance(stage, Train)]
+    return [(f"stages.{index}.{path}", text) for index, stage in stages for path, text in faults(stage, world_size)]
 
 
 def _missing_extras(curriculum: Curriculum) -> list[tuple[str, str]]:
@@ -158,9 +225,10 @@ def _run_stage(
     folder = folders[stage.name]
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(stage, Soup):
+        from sailvl.dist import on_main
         from sailvl.train.soup import soup
 
-        soup([folders[name] / "model" for name in stage.of], folder / "model")
+        on_main(lambda: soup([folders[name] / "model" for name in stage.of], folder / "model"))
         return {}
     from sailvl.train.loop import train
 
@@ -174,21 +242,28 @@ def _run_stage(
 def first_model(
     curriculum: Curriculum, stage: Train, folders: Mapping[str, Path]
 ) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
-    """Give the model a stage starts from: an earlier stage's, a given checkpoint, or fresh weights."""
+    """Give the model a stage starts from: an earlier stage's, a given checkpoint, or fresh weights.
+
+    Of several processes each has all of it on its CPU: sharding moves a block at a time to the GPU.
+    """
+    from sailvl.dist import world_size
+
+    is_alone = world_size() == 1
     if stage.init is not None:
-        return load_model(folders[stage.init] / "model")
+        return load_model(folders[stage.init] / "model", placed=is_alone)
     if isinstance(curriculum.model, Checkpoint):
-        return load_model(Path(curriculum.model.path))
-    return fresh_model(curriculum.model)
+        return load_model(Path(curriculum.model.path), placed=is_alone)
+    return fresh_model(curriculum.model, placed=is_alone)
 
 
 def load_model(
-    path: Path, *, int8: bool = False, adapter: Path | None = None
+    path: Path, *, int8: bool = False, adapter: Path | None = None, placed: bool = True
 ) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
-    """Load a model folder and its processor, on the GPU if there is one. ConfigError when the folder is not there.
+    """Load a model folder and its processor, ``placed`` on the GPU if there is one.
 
     ``int8``: on the CPU, the language model's weights in int8 and the rest in bf16, for answering. ``adapter``: a LoRA
-    folder, merged in. ConfigError when the model cannot be quantised or the adapter does not fit.
+    folder, merged in. ConfigError when the folder is not there, the model cannot be quantised, or the adapter does not
+    fit.
     """
     from sailvl.model import checkpoint
     from sailvl.model.processing import SailVLProcessor
@@ -204,7 +279,7 @@ def load_model(
         except ConvertError as error:  # it names the folders itself
             raise ConfigError([("", str(error))]) from error
     if not int8:
-        return _placed(model), SailVLProcessor.from_pretrained(path)
+        return _placed(model) if placed else model, SailVLProcessor.from_pretrained(path)
     from sailvl.model.quant import quantize
 
     try:
@@ -214,8 +289,8 @@ def load_model(
     return model, SailVLProcessor.from_pretrained(path)
 
 
-def fresh_model(given: Fresh) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
-    """Build a model of new weights and its processor."""
+def fresh_model(given: Fresh, *, placed: bool = True) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
+    """Build a model of new weights and its processor, ``placed`` on the GPU if there is one."""
     from sailvl import assets
     from sailvl.model import checkpoint
     from sailvl.model.processing import build_processor
@@ -224,13 +299,14 @@ def fresh_model(given: Fresh) -> tuple[SailVLForConditionalGeneration, SailVLPro
     tokenizer = Path(given.tokenizer) if given.tokenizer else assets.tokenizer_path()
     processor = build_processor(tokenizer, tiling=tiling, system_message="")
     config = checkpoint.config_for(given.size, processor=processor)
-    return _placed(checkpoint.build(config, seed=given.seed)), processor
+    model = checkpoint.build(config, seed=given.seed)
+    return _placed(model) if placed else model, processor
 
 
 def _placed(model: Any) -> Any:
-    import torch
+    from sailvl.dist import device
 
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model.to(device())
 
 
 # ---- the probe --------------------------------------------------------------------------------------------------
@@ -282,15 +358,18 @@ def _probe_id(probe: Probe) -> str:
 # ---- sources ----------------------------------------------------------------------------------------------------
 
 
-def open_sources(curriculum: Curriculum) -> dict[str, Source]:
-    """Open every source that a stage uses. Raises ConfigError that lists all the files that are missing."""
+def open_sources(curriculum: Curriculum, *, cache: Path | None = None) -> dict[str, Source]:
+    """Open every source that a stage uses; ``cache`` is a folder for indexes that take long to make.
+
+    Raises ConfigError that lists all the files that are missing.
+    """
     used = {name for stage in curriculum.stages if isinstance(stage, Train) for name in sources_of(stage)}
     errors = []
     opened: dict[str, Source] = {}
     for name in sorted(used):
         value = curriculum.sources[name]
         try:
-            opened[name] = OPEN[value.kind](name, value)
+            opened[name] = OPEN[value.kind](name, value, cache)
         except (OSError, ValueError) as error:
             errors.append((f"sources.{name}", str(error)))
     if errors:
@@ -298,14 +377,28 @@ def open_sources(curriculum: Curriculum) -> dict[str, Source]:
     return opened
 
 
-def _open_jsonl(name: str, value: Any) -> Source:
+def _open_jsonl(name: str, value: Any, cache: Path | None) -> Source:
     from sailvl.data.source import JsonlSource
 
     root = Path(value.image_root) if value.image_root else None
     return JsonlSource(Path(value.path), name=name, image_root=root, num_frames=value.num_frames)
 
 
-def _open_synth(name: str, value: Any) -> Source:
+def _open_parquet(name: str, value: Any, cache: Path | None) -> Source:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("Parquet files need pyarrow: pip install 'sailvl[parquet]'")
+    from sailvl.data.parquet import ParquetSource
+
+    return ParquetSource(value.path, name=name, image_root=value.image_root, num_frames=value.num_frames)
+
+
+def _open_webdataset(name: str, value: Any, cache: Path | None) -> Source:
+    from sailvl.data.webdataset import WebDatasetSource
+
+    return WebDatasetSource(value.path, name=name, prompt=value.prompt, num_frames=value.num_frames, cache=cache)
+
+
+def _open_synth(name: str, value: Any, cache: Path | None) -> Source:
     from sailvl.curate.synth import SynthSource
 
     return SynthSource(
@@ -320,7 +413,9 @@ def _open_synth(name: str, value: Any) -> Source:
     )
 
 
-OPEN: dict[str, Callable[[str, Jsonl | Synth], Source]] = {"jsonl": _open_jsonl, "synth": _open_synth}
+OPEN: dict[str, Callable[[str, Any, Path | None], Source]] = {
+    "jsonl": _open_jsonl, "parquet": _open_parquet, "webdataset": _open_webdataset, "synth": _open_synth,
+}  # fmt: skip
 
 
 def fingerprints(curriculum: Curriculum, sources: Mapping[str, Source]) -> dict[str, str]:

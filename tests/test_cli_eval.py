@@ -68,9 +68,7 @@ def test_a_table_that_cannot_be_used_fails_alone(sail: Any, tmp_path: Path, monk
 def test_clips_lie_in_a_folder_of_choice(sail: Any, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/a.mp4").write_bytes(clip(20))
-    (tmp_path / "MVBench.tsv").write_text(
-        "index\tvideo\tquestion\tcandidates\tanswer\n0\ta\tWhat?\t['x', 'y']\tx\n"
-    )
+    (tmp_path / "MVBench.tsv").write_text("index\tvideo\tquestion\tcandidates\tanswer\n0\ta\tWhat?\t['x', 'y']\tx\n")
     monkeypatch.setattr("sailvl.engine.remote.Remote", lambda *_, **__: Fake("A"))
     words = ("eval", "--base-url", "http://x", "--data", "MVBench", "--lmu-dir", ".", "--video-dir")
     code, _, err = sail(*words, "nowhere")

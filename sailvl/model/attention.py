@@ -4,15 +4,20 @@
 attends within each document alone; without them it is the library's scaled dot product attention, so padded batches and
 cached generation are unchanged. The documents are split, attended causally one by one, and joined: the cost is the sum
 of the squared document lengths, no T x T mask is ever built, and each document's result is bitwise what it would be
-alone. On a GPU ``flash_attention_2`` or ``flash_attention_3`` take the same offsets in one kernel call; this one works
-there too, with one call per document and a wait for the offsets in every layer. (The report packs samples with
-"per-sample attention", arXiv 2509.14033 section 3; it names no kernel.)
+alone. (The report packs samples with "per-sample attention", arXiv 2509.14033 section 3; it names no kernel.)
+
+On a GPU in half precision all documents are one call of torch's variable-length kernel, which takes the offsets where
+they are: nothing is read back to the host. This is written against torch 2.13 and **untested on a GPU**; where the
+kernel is missing, too old, or the precision is fp32, documents go one by one, with a wait for the offsets in every
+layer. ``flash_attention_2`` and ``flash_attention_3`` take the same offsets through transformers.
 
 Bitwise equality holds for this operation, not for a whole model: matrix products depend on the number of rows.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -20,6 +25,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch without it
+    varlen_attn = None
 
 PACKED = "sailvl_packed"
 """Name of the attention implementation."""
@@ -30,6 +40,11 @@ PACKING_IMPLEMENTATIONS = (PACKED, "flash_attention_2", "flash_attention_3", "fl
 
 SHORT = 256
 """Up to this many positions attention may be plain matrix products, whose memory is quadratic."""
+
+HAS_KERNEL = (
+    varlen_attn is not None and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+)
+"""Whether torch has the variable-length kernel with the arguments used here: earlier ones said "causal" differently."""
 
 
 def packed_attention(
@@ -47,8 +62,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query [B, H, T, K] over key and value [B, KV, T, K]; returns [B, T, H, K] and None.
 
-    With ``cu_seq_lens_q`` (int32 [documents + 1]) the batch must be one row. Raises ValueError if it is not, or if the
-    offsets do not end at T.
+    With ``cu_seq_lens_q`` (int32 [documents + 1]) the batch must be one row. Raises ValueError if it is not, or (but
+    for the kernel of a GPU, which never shows them to the host) if the offsets do not end at T. ``max_length_q`` is the
+    longest document's length, which that kernel is told; T if it is not given.
     """
     if cu_seq_lens_q is None:
         return _attend(module, query, key, value, attention_mask, **kwargs)
@@ -57,6 +73,9 @@ def packed_attention(
             f"packed attention takes one row of equal query and key length, got {query.shape[0]} rows, "
             f"{query.shape[2]} queries and {key.shape[2]} keys: do not batch or cache packs"
         )
+    half = _kernel_dtype(query)
+    if half is not None and not kwargs.get("dropout"):
+        return _attend_varlen(module, query, key, value, cu_seq_lens_q, max_length_q, half, **kwargs), None
     lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
     if sum(lengths) != query.shape[2] or min(lengths, default=0) < 0:
         raise ValueError(f"document lengths {lengths} do not add up to the {query.shape[2]} tokens of the pack")
@@ -65,6 +84,52 @@ def packed_attention(
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = [_attend(module, q, k, v, None, **kwargs)[0] for q, k, v in parts]
     return torch.cat(outputs, dim=1), None
+
+
+def _kernel_dtype(query: torch.Tensor) -> torch.dtype | None:
+    """The half precision in which the variable-length kernel attends for this query; None where it cannot."""
+    if query.device.type != "cuda" or not HAS_KERNEL or not query.numel():
+        return None
+    # The kernel is no operation that autocast knows, and rotary embedding leaves fp32 queries under autocast.
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    is_served = dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return dtype if is_served and _is_ampere(query.device) else None
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _attend_varlen(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    max_length: int | None,
+    dtype: torch.dtype,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """All documents of a pack in one call: [1, T, H, K] in ``dtype``."""
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    offsets = offsets.to(query.device, torch.int32, non_blocking=True)
+    longest = max_length or query.shape[0]
+    is_causal = kwargs.get("is_causal")
+    is_causal = module.is_causal if is_causal is None else is_causal
+    mixed = varlen_attn(
+        query,
+        key,
+        value,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=kwargs.get("scaling"),
+        window_size=(-1, 0) if is_causal else (-1, -1),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return mixed[None]
 
 
 def _attend(

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
+from .dispatch import dispatched_experts
+
 EXPERTS = "sailvl_grouped"
 """Name of the experts implementation, the default of models with experts."""
 
@@ -39,8 +41,11 @@ def grouped_experts(
     """Weighted outputs [N, D] of the chosen experts: grouped matrix products, or in fp64, which they refuse, a loop.
 
     Autocast passes over grouped products: they would stay in fp32, at 2.2 times the time on a CPU. It is applied here,
-    by lending the call a module whose weights are cast.
+    by lending the call a module whose weights are cast. Experts that processes share (``dispatch.share``) run where
+    they are kept.
     """
+    if getattr(experts, "shared_by", None) is not None:
+        return dispatched_experts(experts, hidden_ND, ids_NK, weights_NK, grouped_experts)
     if hidden_ND.dtype == torch.float64:
         return type(experts).forward.__wrapped__(experts, hidden_ND, ids_NK, weights_NK)
     kind = hidden_ND.device.type

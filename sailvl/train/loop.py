@@ -1,9 +1,13 @@
 """The training loop. ``train`` can be read aloud: batches, step, the schedule observes the loss, log, save.
 
 Killed at any instant, a run started again continues from its newest whole checkpoint and ends with the same bits as
-one that was never stopped (on one process and one machine): the checkpoint holds weights, optimizer, schedule, random
-generators and the data cursor, and metrics past it are dropped. Ctrl-C and SIGTERM finish the step, save and stop; a
-second one stops at once.
+one that was never stopped (on as many processes, on one kind of machine): the checkpoint holds weights, optimizer,
+schedule, random generators and the data cursor, and metrics past it are dropped. Ctrl-C and SIGTERM finish the step,
+save and stop; a second one stops at once.
+
+On several processes every one runs this loop with the packs of its own lanes. They decide alike because they see the
+same numbers: loss and gradient norm are those of all, and with each step's exchange goes what each of them has decided
+so far and whether it was told to stop, so that all stop after the same step, and a process that went astray is noticed.
 
 The loss and gradient norm of every step are read back once, after the step: a wait of microseconds beside a step of
 at least tenths of a second, in exchange for a loop that always knows whether it is still sane.
@@ -11,28 +15,27 @@ at least tenths of a second, in exchange for a loop that always knows whether it
 
 from __future__ import annotations
 
+import json
 import math
-import time
+import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 
-from sailvl import log
+from sailvl import dist, log
 from sailvl.config import digest
 from sailvl.curriculum import Train, hashed_fields
-from sailvl.data.loader import Loader
 from sailvl.data.source import Source
-from sailvl.model import checkpoint as model_checkpoint
-from sailvl.model import convert, lora
 from sailvl.model.modeling import SailVLForConditionalGeneration
 from sailvl.model.processing import SailVLProcessor
-from sailvl.train import checkpoint, optim, schedule
+from sailvl.train import checkpoint, ema, optim, validate
+from sailvl.train.meter import Meter
+from sailvl.train.stage import set_up, write_models
 from sailvl.train.state import Counts, TrainState, count_step, roll_back, take_snapshot
-from sailvl.train.step import resolve_precision, train_step
+from sailvl.train.step import train_step
 from sailvl.train.stop import stop_signals
 
 MAX_BAD_STEPS = 3
@@ -40,17 +43,19 @@ MAX_BAD_STEPS = 3
 
 
 class DivergedError(RuntimeError):
-    """Training cannot go on: losses or gradients stay infinite or NaN."""
+    """Training cannot go on: losses or gradients stay infinite or NaN, or processes no longer do the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """``model`` is the finished model's folder, ``adapter`` that of its adapters if it learned through them (they are
-    merged into the model); ``loss`` is that of the last metrics row, in nats per supervised token.
+    merged into the model), ``average`` that of the averaged weights if it kept them; ``loss`` is that of the last
+    metrics row, in nats per supervised token.
     """
 
     model: Path
     adapter: Path | None = None
+    average: Path | None = None
     steps: int
     loss: float | None
     precision: str
@@ -69,50 +74,68 @@ def train(
 ) -> TrainResult:
     """Train ``model`` (in place) as ``stage`` says; checkpoints, metrics, rejects and the final model go to ``out``.
 
-    Call it again with the same arguments to continue a run that was stopped. Raises KeyboardInterrupt (SystemExit for
-    SIGTERM) after saving when told to stop, CheckpointError when a checkpoint does not fit or cannot be written, and
-    DivergedError after three consecutive steps without a finite loss and gradient.
+    Call it again with the same arguments to continue a run that was stopped. All processes of a group call it alike,
+    with the same weights; the model is of no use to them afterwards. Raises ConfigError if the stage cannot be shared
+    by so many processes, KeyboardInterrupt (SystemExit for SIGTERM) after saving when told to stop, CheckpointError
+    when a checkpoint does not fit or cannot be written, and DivergedError after three consecutive steps without a
+    finite loss and gradient.
     """
     identity = digest(hashed_fields(stage))
     with ExitStack() as stack:
-        state = set_up(stage, model, processor, sources, workers)
+        newest = checkpoint.newest(out / "checkpoints")
+        precision = None if newest is None else saved_precision(newest)
+        state = set_up(stage, model, processor, sources, workers, precision=precision)
         stack.enter_context(closing(state.loader))
-        resume(state, out / "checkpoints", identity)
-        metrics = stack.enter_context(log.MetricsLog(out / "metrics.jsonl"))
-        rejects = stack.enter_context(log.MetricsLog(out / "rejects.jsonl"))
-        metrics.truncate_after(state.step)
-        rejects.truncate_after(state.step)
+        if newest is not None:
+            checkpoint.load(state, newest, identity=identity)
+        held_out = validate.held_out(stage, sources, processor) if stage.validation else None
+        meter = stack.enter_context(Meter(stage, model, out, state.step))
         stop = stack.enter_context(stop_signals())
         task = progress.add_task(stage.name, total=stage.steps, completed=state.step) if progress else None
 
-        since_row, clock = Counts(), time.perf_counter()
         while state.step < stage.steps:
-            batches = next(state.loader)
+            with meter.waiting_for_data():
+                batches = next(state.loader)
             lr = stage.lr * state.schedule.factor(state.step)
             scale, phase = state.schedule.scale, state.schedule.phase
             optim.set_lr(state.optimizer, lr)
             result = train_step(
-                model, batches, state.optimizer, max_grad_norm=stage.max_grad_norm, precision=state.precision
+                model,
+                batches,
+                state.optimizer,
+                max_grad_norm=stage.max_grad_norm,
+                precision=state.precision,
+                z_loss=stage.z_loss,
+                balance=stage.balance_loss if "lm" in stage.trains else 0.0,
+                expert_counts=state.expert_counts,
+                packs_per_forward=stage.parallel.packs_per_forward,
+                notes=(stop.requested, decided := fingerprint(state)),
             )
             loss, grad_norm = result.values.tolist()
+            num_stopped, all_decided = result.notes
+            if all_decided != decided * dist.world_size():
+                raise DivergedError(f"stage {stage.name}: before step {state.step + 1} processes differ in state")
             state.step += 1
-            done, now = state.step, time.perf_counter()
-            counts = count_step(batches, loss, grad_norm, result.supervised_tokens, seconds=now - clock)
-            clock = now
+            done = state.step
+            counts = count_step(batches, loss, grad_norm, result.supervised_tokens, seconds=meter.lap())
+            if result.expert_counts is not None:
+                state.expert_counts = result.expert_counts
+            if state.ema is not None:
+                ema.update(state.ema, model)
             event = observe(state, counts)
-            since_row.add(counts)
+            meter.add(done, batches, counts, result)
 
-            for reject in (reject for batch in batches for reject in batch.rejects):
-                rejects.write(step=done, id=reject.id, reason=reject.reason)
+            # On one process a signal may also have come during the step; several learn of it with the next exchange.
+            is_stopped = num_stopped > 0 or (stop.requested and dist.world_size() == 1)
+            checked = stage.validation is not None and done % stage.validation.every == 0
+            held_out_loss = validate.held_out_loss(state, held_out) if checked and held_out else None
             if progress and task is not None:
-                progress.update(task, completed=done, description=f"{stage.name}  {since_row.summary()}")
-            is_saved = stop.requested or done % stage.save_every == 0 or done == stage.steps
-            if is_saved or event != "go" or done % stage.log_every == 0:
-                metrics.write(
-                    step=done, lr=lr, scale=scale, phase=phase, event=event, grad_norm=grad_norm, **since_row.row()
-                )
-                state.totals.add(since_row)
-                since_row = Counts()
+                progress.update(task, completed=done, description=f"{stage.name}  {meter.summary()}")
+            is_saved = is_stopped or done % stage.save_every == 0 or done == stage.steps
+            is_saved |= checked and stage.keep_best > 0
+            if is_saved or checked or event != "go" or done % stage.log_every == 0:
+                row = {"step": done, "lr": lr, "scale": scale, "phase": phase, "event": event, "grad_norm": grad_norm}
+                state.totals.add(meter.row(row | ({"held_out_loss": held_out_loss} if checked else {})))
             if state.bad_steps == MAX_BAD_STEPS:
                 raise DivergedError(
                     f"stage {stage.name}: loss or gradient norm was not finite in {MAX_BAD_STEPS} steps up to step "
@@ -120,72 +143,29 @@ def train(
                     f"(now {lr:.3g}) or look at the data, and start again"
                 )
             if is_saved:
-                checkpoint.save(state, out / "checkpoints", identity=identity)
-            if stop.requested and state.step < stage.steps:
+                checkpoint.save(
+                    state,
+                    out / "checkpoints",
+                    identity=identity,
+                    keep_last=stage.keep_last,
+                    best=stage.keep_best,
+                    asynchronous=stage.parallel.save_async,
+                )
+            if is_stopped and done < stage.steps:
+                checkpoint.finish(state)
                 stop.leave()
-
-    adapter = out / "adapter" if stage.lora else None
-    if adapter is not None:
-        # What later stages and servers get is what is on disk: the base as it was, and the folder merged into it.
-        lora.save(model, adapter)
-        lora.detach(model)
-        convert.merge_adapter(model, adapter, processor)
-    model_checkpoint.save(model, processor, out / "model")
-    last = log.read(out / "metrics.jsonl")[-1]
+        checkpoint.finish(state)
+    whole, adapter, average = write_models(state, stage, processor, out)
+    last = dist.broadcast(log.read(out / "metrics.jsonl")[-1] if dist.is_main() else {})
     return TrainResult(
-        model=out / "model",
+        model=whole,
         adapter=adapter,
+        average=average,
         steps=state.step,
         loss=last["loss"],
         precision=state.precision,
         totals=state.totals,
     )
-
-
-def set_up(
-    stage: Train,
-    model: SailVLForConditionalGeneration,
-    processor: SailVLProcessor,
-    sources: Mapping[str, Source],
-    workers: int,
-) -> TrainState:
-    """The live objects of a stage at step 0.
-
-    Half-precision weights become fp32 (in place): most updates are smaller than the spacing of bf16 numbers.
-    """
-    torch.manual_seed(stage.seed)
-    if "projector" in stage.fresh:
-        model_checkpoint.reset_projector(model, stage.seed)
-    if model.dtype in (torch.bfloat16, torch.float16):
-        model.float()  # type: ignore[no-untyped-call]
-    if stage.lora is not None:
-        lora.attach(model, stage.trains, rank=stage.lora.rank, alpha=stage.lora.alpha, seed=stage.seed)
-    model.train()
-    optim.freeze(model, stage.trains, adapters=stage.lora is not None)
-    loader = Loader(
-        sources,
-        stage.data.shares,
-        processor,
-        max_tokens=stage.max_tokens,
-        max_tiles=stage.max_tiles,
-        lanes=stage.lanes,
-        seed=stage.seed,
-        workers=workers,
-    )
-    return TrainState(
-        model=model,
-        optimizer=optim.build(model, stage),
-        schedule=schedule.build(stage.schedule, stage.steps),
-        loader=loader,
-        precision=resolve_precision(stage.precision, model.device),
-    )
-
-
-def resume(state: TrainState, checkpoints: Path, identity: str) -> None:
-    """Continue from the newest whole checkpoint, if there is one."""
-    path = checkpoint.newest(checkpoints)
-    if path is not None:
-        checkpoint.load(state, path, identity=identity)
 
 
 def observe(state: TrainState, counts: Counts) -> str:
@@ -203,3 +183,14 @@ def observe(state: TrainState, counts: Counts) -> str:
         state.snapshot = None
     state.bad_steps = state.bad_steps + 1 if is_bad and event != "rollback" else 0
     return "skipped" if state.bad_steps else event
+
+
+def fingerprint(state: TrainState) -> int:
+    """A number for what a process has decided so far: its step and its schedule."""
+    decided = f"{state.step} {state.bad_steps} {state.schedule.phase} {state.schedule.scale!r}"
+    return zlib.crc32(decided.encode())
+
+
+def saved_precision(path: Path) -> str:
+    """What "auto" meant when a checkpoint was written: weights are shared and cast before it is loaded."""
+    return str(json.loads((path / "state.json").read_text())["precision"])

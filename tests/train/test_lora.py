@@ -20,7 +20,7 @@ from sailvl.config import ConfigError, load
 from sailvl.curriculum import AdaLRS, Constant, Curriculum, Fresh, Jsonl, Lora, Synth, Train, check, plan, stage_hash
 from sailvl.curriculum import Checkpoint as Folder
 from sailvl.model import checkpoint as models
-from sailvl.model import lora
+from sailvl.model import convert, lora
 from sailvl.run import run as run_curriculum
 from sailvl.train import checkpoint, optim
 from sailvl.train.flops import shape_of, step_flops
@@ -130,7 +130,7 @@ def test_killed_between_adapter_and_model_it_ends_the_same(run, tmp_path, monkey
     def killed(*_):
         raise SystemExit
 
-    monkeypatch.setattr(loop.convert, "merge_adapter", killed)
+    monkeypatch.setattr(convert, "merge_adapter", killed)
     with pytest.raises(SystemExit):
         run(tmp_path / "cut")
     monkeypatch.undo()
