@@ -34,10 +34,16 @@ demo: setup  ## train the nano curriculum on this machine, then ask about a pict
 	$(BIN)/python -m sailvl ask examples/pictures/things.png "How many things are there?"
 	@echo "Look at runs/nano/report.html"
 
-bench: setup  ## measure; results go to benchmarks/results
+bench: setup  ## measure; results go to benchmarks/results (an hour; opponents are installed below build/)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/packing.py --ranks 8 --max-tokens 8192 --json benchmarks/results/packing.json
+	$(BIN)/python benchmarks/packing.py --sync-pool 32 --json benchmarks/results/sync_pool.json
 	$(BIN)/python benchmarks/train_step.py --json benchmarks/results/train_step.json
+	$(BIN)/python benchmarks/train/compare.py --venvs build/bench --json benchmarks/results/train.json
+	$(BIN)/python benchmarks/data_plane.py --venvs build/bench --json benchmarks/results/data_plane.json
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
+	$(BIN)/python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
+	$(BIN)/python benchmarks/inference.py --size 2b --json benchmarks/results/inference.json
 
 size: setup  ## lines per folder, longest files and functions
 	$(BIN)/python tools/size.py
