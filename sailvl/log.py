@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from sailvl.files import writing
+
 
 class MetricsLog:
     """Append-only JSON lines at ``path``; its folder is created. Use as a context manager or call ``close``."""
@@ -45,13 +47,9 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop every line whose ``step`` is past ``step`` (a resumed run writes them again). Atomic."""
         kept = [row for row in read(self.path) if row.get("step", 0) <= step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with writing(self.path) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
         self._file.close()
-        temporary.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +38,7 @@ from sailvl.curriculum import (
     stage_hash,
 )
 from sailvl.doctor import surroundings
+from sailvl.files import writing
 from sailvl.lock import lock
 
 if TYPE_CHECKING:
@@ -489,10 +489,5 @@ def finished_models(out: Path) -> list[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either complete or not there (temporary file, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with writing(path) as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

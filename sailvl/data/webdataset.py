@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -29,6 +28,7 @@ from sailvl.data.conversation import TURNS, brings_own, to_record
 from sailvl.data.pictures import Kind, open_pictures
 from sailvl.data.source import files_of
 from sailvl.data.tar import members
+from sailvl.files import writing
 from sailvl.types import Record, RecordError
 from sailvl.video import NUM_FRAMES, check_num_frames
 
@@ -218,10 +218,5 @@ def _stored(path: Path) -> dict[str, Any] | None:
 
 def _store(path: Path, index: Mapping[str, Any]) -> None:
     """Write it whole or not at all; several processes may, each its own temporary file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with writing(path, "wb") as file:
         np.savez(file, **index)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from sailvl.eval import scoring
-from sailvl.eval.evaluate import write_atomic
 from sailvl.eval.predict import Asking, answer_key, current
 from sailvl.eval.scoring import Judge, Scored, Verdict
 from sailvl.eval.scoring.base import Context
 from sailvl.eval.suite import Benchmark, printed, printed_score
 from sailvl.eval.table import Row, Table, TableError, read_predictions, write_tsv
+from sailvl.files import write_text
 from sailvl.verify.cleanup import sail_answer
 
 HALVES = 200
@@ -137,8 +137,8 @@ def save(result: Result, verdicts: Sequence[Verdict], out: Path) -> None:
     """Write ``scores.json`` and ``verdicts.jsonl`` in the folder ``out``, each in one piece."""
     out.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(verdict), ensure_ascii=False, default=str) for verdict in verdicts)
-    write_atomic(out / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
-    write_atomic(out / "scores.json", json.dumps(asdict(result), ensure_ascii=False, indent=1) + "\n")
+    write_text(out / "verdicts.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(out / "scores.json", json.dumps(asdict(result), ensure_ascii=False, indent=1) + "\n")
 
 
 def export_folder(out: Path, model: str) -> Path:

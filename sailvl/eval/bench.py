@@ -20,13 +20,13 @@ from rich.progress import Progress
 
 from sailvl.engine.base import Engine
 from sailvl.eval.assess import Result, export, export_folder, save, score_file
-from sailvl.eval.evaluate import write_atomic
 from sailvl.eval.pictures import keep, picture_name
 from sailvl.eval.predict import Asking, predict, request
 from sailvl.eval.prompts import build
 from sailvl.eval.scoring import Judge, Verdict
 from sailvl.eval.suite import Benchmark, find
 from sailvl.eval.table import Row, Table, TableError, read
+from sailvl.files import write_text
 from sailvl.media import MediaError
 from sailvl.types import RecordError
 
@@ -211,7 +211,7 @@ def _keep_samples(
         except (MediaError, RecordError) as error:
             sample["detail"] = str(error)
         kept.append(sample)
-    write_atomic(folder / "samples.json", json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
+    write_text(folder / "samples.json", json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

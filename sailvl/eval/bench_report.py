@@ -19,9 +19,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from sailvl.eval import charts
-from sailvl.eval.evaluate import write_atomic
 from sailvl.eval.report import HERE, duration
 from sailvl.eval.suite import OPENCOMPASS, SUITE, count_of, printed
+from sailvl.files import write_text
 
 MODELS = ("SAIL-VL2-2B", "SAIL-VL2-AnyRes-2B", "SAIL-VL2-8B", "SAIL-VL2-A3B")
 THINKING = ("SAIL-VL2-2B-Thinking", "SAIL-VL2-8B-Thinking", "SAIL-VL2-A3B-Thinking")
@@ -50,7 +50,7 @@ def write(folder: Path, out: Path, *, compare: str = "") -> None:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
-    write_atomic(out, environment.get_template("bench_report.html").render(context(folder, compare or MODELS[0])))
+    write_text(out, environment.get_template("bench_report.html").render(context(folder, compare or MODELS[0])))
 
 
 def context(folder: Path, compare: str) -> dict[str, Any]:

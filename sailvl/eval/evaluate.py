@@ -29,6 +29,7 @@ from rich.progress import Progress
 from sailvl.engine.base import Engine, Reply, Request, Sampling, replies
 from sailvl.eval.metrics import Headline, Judged, Score, by_family, headline, summarise
 from sailvl.eval.pictures import keep, picture_name
+from sailvl.files import whole_lines, write_text
 from sailvl.media import MediaError
 from sailvl.types import IMAGE_PLACEHOLDER, Question, Record, RecordError
 from sailvl.verify import score
@@ -103,7 +104,7 @@ def evaluate(
                 progress.advance(task)
         os.fsync(file.fileno())
     scores = tally([rows[question.record.id] for question in questions])
-    write_atomic(out / "scores.json", json.dumps(asdict(scores), ensure_ascii=False, indent=1) + "\n")
+    write_text(out / "scores.json", json.dumps(asdict(scores), ensure_ascii=False, indent=1) + "\n")
     return scores
 
 
@@ -214,16 +215,9 @@ def _row(question: Question, reply: Reply | None, seconds: float) -> dict[str, A
 
 
 def _resume(path: Path) -> list[dict[str, Any]]:
-    """The rows of an answers file, after cutting off a last line that was never finished."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    """The rows of an answers file."""
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -237,13 +231,3 @@ def _same_benchmark(questions: Sequence[Question], rows: dict[str, dict[str, Any
         now = _row(question, None, 0.0)
         if row and any(row[key] != now[key] for key in ("question", "truth", "chance", "verifier")):
             raise ValueError(f"{path}: {now['id']} was asked in another form; delete the folder to evaluate anew")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -32,6 +32,7 @@ from rich.progress import Progress
 from sailvl.engine.base import Engine, Request, Sampling, replies
 from sailvl.eval import prompts
 from sailvl.eval.table import Table, TableError, picture_key, pictures
+from sailvl.files import whole_lines
 from sailvl.geometry import ImagePolicy, Tiling, num_tiles, schemes
 from sailvl.media import MediaError, image_size, open_image
 from sailvl.types import Message, Picture, Record, RecordError
@@ -159,15 +160,8 @@ class _Log:
 
 def resume(path: Path) -> list[dict[str, Any]]:
     """The rows of a predictions file, after cutting off a last line that was never finished."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             row = json.loads(line)
             rows.append({"index": str(row["index"]), "key": str(row["key"]), **row})

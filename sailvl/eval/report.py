@@ -23,9 +23,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from sailvl.eval import charts, curves
-from sailvl.eval.evaluate import write_atomic
 from sailvl.eval.pictures import picture_name
 from sailvl.eval.runfolder import Run, Stage, changes, curve, read
+from sailvl.files import write_text
 from sailvl.verify import final_answer
 from sailvl.verify.grounding import box
 
@@ -50,7 +50,7 @@ def write(run_dir: Path, out: Path) -> None:
         "points": points,
     }
     page = environment.get_template("report.html").render(context(run))
-    write_atomic(out, page)
+    write_text(out, page)
 
 
 def context(run: Run) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import base64
 import binascii
 import csv
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sailvl.files import writing
 from sailvl.media import MediaError
 
 Cell: TypeAlias = str | int | float | bool | None
@@ -330,13 +330,8 @@ def _objects(path: Path, *, lines: bool) -> list[Row]:
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write a TSV file in one piece (temporary file, fsync, rename); None becomes an empty cell."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with writing(path, errors="backslashreplace", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
             writer.writerow(["" if row.get(column) is None else row[column] for column in columns])
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

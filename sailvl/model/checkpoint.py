@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from sailvl.files import force_to_disk
 from sailvl.geometry import AnyRes, Scheme, Tiling
 from sailvl.sizes import SIZES
 
@@ -222,8 +223,8 @@ def put_in_place(fresh: Path, processor: SailVLProcessor | None, target: str | P
     if processor is not None:
         processor.save_pretrained(fresh)
     for file in sorted(fresh.rglob("*")):
-        _flush(file)
-    _flush(fresh)
+        force_to_disk(file)
+    force_to_disk(fresh)
     _replace(fresh, Path(target).absolute())
 
 
@@ -234,14 +235,6 @@ def _release_keys(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _replace(fresh: Path, target: Path) -> None:
     """Rename ``fresh`` to ``target``; an earlier folder steps aside first, as folders cannot be renamed over."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -249,7 +242,7 @@ def _replace(fresh: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     fresh.rename(target)
-    _flush(target.parent)
+    force_to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

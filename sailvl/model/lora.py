@@ -32,8 +32,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sailvl.files import force_to_disk
+
 from . import SailVLForConditionalGeneration
-from .checkpoint import CheckpointError, _flush, _replace, load, part_parameters, refuse_pickles
+from .checkpoint import CheckpointError, _replace, load, part_parameters, refuse_pickles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"
@@ -132,7 +134,7 @@ def save(model: SailVLForConditionalGeneration, path: str | Path) -> None:
         (fresh / CONFIG).write_text(text + "\n", encoding="utf-8")
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         for file in (fresh / CONFIG, fresh / WEIGHTS, fresh):
-            _flush(file)
+            force_to_disk(file)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(f"{target}: saving the adapter failed ({error}); free some space") from error

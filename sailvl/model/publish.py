@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from sailvl.files import force_to_disk
+
 from . import SailVLForConditionalGeneration, SailVLProcessor
 from .card import card
 from .checkpoint import CheckpointError, load, save
@@ -231,8 +233,4 @@ def _without(value: Any) -> Any:
 
 def _sync(path: Path, *, deep: bool = True) -> None:
     for file in [*(path.rglob("*") if deep else ()), path]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        force_to_disk(file)

@@ -30,10 +30,11 @@ from safetensors import SafetensorError
 from torch import distributed
 
 from sailvl import dist
+from sailvl.files import force_to_disk
 from sailvl.model.checkpoint import CheckpointError
 from sailvl.train.background import Task
 from sailvl.train.export import export
-from sailvl.train.folders import TEMPORARY, damage, fingerprint, folders, force_to_disk, newest, put_in_place, step_of
+from sailvl.train.folders import TEMPORARY, damage, fingerprint, folders, newest, put_in_place, step_of
 from sailvl.train.resume import FORMAT, load, load_weights
 from sailvl.train.shards import Shard, file_name, named_weights
 from sailvl.train.shards import shards as shards_of

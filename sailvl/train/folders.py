@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sailvl import dist
+from sailvl.files import force_to_disk
 
 TEMPORARY = ".unfinished-"
 """Begins the names of folders that were being written; they may be deleted whenever nothing writes."""
@@ -98,12 +98,3 @@ def fingerprint(path: Path) -> list[int | str]:
     """Size in bytes and SHA-256."""
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def force_to_disk(path: Path) -> None:
-    """Return when a file or folder would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
