@@ -70,8 +70,9 @@ def test_yaml_recipes_are_valid(block: str, tmp_path: Path) -> None:
 
 
 def test_quoted_figures_are_in_the_results() -> None:
-    quoted = re.findall(r"<!-- (\S+\.json) (\S+) -->\s*(-?[\d.]+)", TEXT)
+    quoted = re.findall(r"<!-- (\S+\.json) (.+?) -->\s*(-?\d+(?:\.\d+)?)", TEXT)
     assert quoted, "the README quotes no measured figure"
+    assert len(quoted) == TEXT.count("<!--"), "a figure is quoted in a form that is not checked"
     for file, key, shown in quoted:
         value = json.loads((ROOT / "benchmarks/results" / file).read_text(encoding="utf-8"))
         for part in key.split("."):
