@@ -180,13 +180,17 @@ def _plan_on(curriculum: Curriculum, rows: list[dict[str, Any]], gpus: int, kind
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage", overflow="fold")
-    titles = "weights grads adam whole activations loss+ ema total host steps TFLOP/step s/step days comm".split()
+    titles = (
+        "weights grads adam whole activations loss+ ema total host steps tokens TFLOP/step s/step days comm".split()
+    )
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
+    by_name = {row["name"]: row for row in rows}
     for each in found:
-        table.add_row(*_cost_cells(each, next(row["steps"] for row in rows if row["name"] == each.name)))
+        table.add_row(*_cost_cells(each, by_name[each.name]))
     table.add_section()
-    table.add_row("total", *[""] * 12, f"{days:.2f}", "")
+    total = sum(row["max_tokens"] for row in rows)
+    table.add_row("total", *[""] * 10, _count(total), "", "", f"{days:.2f}", "")
     console = Console(width=None if sys.stdout.isatty() else 160)
     memory = GPUS[kind].memory
     console.print(f"{gpus} x {kind} ({memory:g} GB) at {mfu:.0%} of its peak; GB of each, the peak of a step:")
@@ -206,14 +210,20 @@ def _plan_on(curriculum: Curriculum, rows: list[dict[str, Any]], gpus: int, kind
         console.print(line, style="dim", markup=False, soft_wrap=True)
 
 
-def _cost_cells(each: StageCost, steps: int) -> list[str]:
+def _cost_cells(each: StageCost, row: dict[str, Any]) -> list[str]:
     """A row of the table: GB with one digit, nothing where there is nothing."""
     memory = each.memory
     own = (memory.weights, memory.gradients, memory.optimizer, memory.gathered, memory.activations, memory.loss)
     cells = [_gigabytes(size) for size in (*own, memory.ema, memory.total, memory.host)]
     cells[7] += "" if each.fits else " !"
     time = f"{each.step_seconds:.3g}", f"{each.days:.2f}", f"{each.traffic_share:.0%}" if each.traffic else ""
-    return [each.name, *cells, f"{steps:,}", f"{each.flops / 1e12:,.3g}", *time]
+    return [each.name, *cells, f"{row['steps']:,}", _count(row["max_tokens"]), f"{each.flops / 1e12:,.3g}", *time]
+
+
+def _count(number: int) -> str:
+    """1.3 M, 5.2 B: three digits."""
+    size, letter = next(((size, letter) for size, letter in ((1e9, "B"), (1e6, "M")) if number >= size), (1e3, "k"))
+    return f"{number / size:.3g} {letter}"
 
 
 def _gigabytes(size: int) -> str:
