@@ -51,6 +51,7 @@ from sailvl.data.batch import collate
 from sailvl.data.conversation import to_record
 from sailvl.data.encode import encode
 from sailvl.data.pictures import find_file, open_pictures
+from sailvl.doctor import cpu_name
 from sailvl.geometry import Tiling
 from sailvl.model.processing import build_processor
 
@@ -390,8 +391,7 @@ def run(args: argparse.Namespace, folder: Path, python: Path, command: str) -> d
         "arms": arms,
         "resume": resume,
         "versions": versions(python),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}",
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "load_average": os.getloadavg(),
         "command": command,
     }

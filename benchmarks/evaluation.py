@@ -45,6 +45,7 @@ from PIL import Image
 
 from sailvl import assets
 from sailvl.data.encode import encode
+from sailvl.doctor import cpu_name
 from sailvl.engine.answers import sayable
 from sailvl.engine.fake import Fake
 from sailvl.engine.local import Local
@@ -207,17 +208,11 @@ def measure(args: argparse.Namespace) -> dict:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     return found | {
         "arms": ARMS,
-        "hardware": f"{processor_name()}, {os.cpu_count()} cores, load {before:.1f} before and "
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {before:.1f} before and "
         f"{os.getloadavg()[0]:.1f} after, {args.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}",
         "versions": versions,
         "command": " ".join(["python", *sys.argv]),
     }
-
-
-def processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,6 +52,7 @@ from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
+from sailvl.doctor import cpu_name
 from sailvl.model import SailVLForConditionalGeneration, checkpoint, decode
 from sailvl.model.cache import BatchCache
 from sailvl.model.modeling import RENAMES
@@ -396,7 +397,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
         "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        "hardware": f"{processor_name()}, {os.cpu_count()} cores, {args.threads} thread(s), "
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, {args.threads} thread(s), "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "command": shlex.join(["python", *sys.argv]),
     }  # fmt: skip
@@ -444,12 +445,6 @@ def table(result: dict[str, Any]) -> str:
     }
     lines.append(f"{ROWS} answers at once, tokens per second: " + ", ".join(f"{k} {v}" for k, v in rows.items()))
     return "\n".join(lines + [f"{name}: {value}" for name, value in result["ratios"].items()])
-
-
-def processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

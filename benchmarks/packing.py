@@ -41,6 +41,7 @@ import numpy as np
 from sailvl.data.order import Order
 from sailvl.data.pack import Packer
 from sailvl.data.ready import Ready, quantile
+from sailvl.doctor import cpu_name
 from sailvl.types import Item
 
 Pack = Sequence[Item]
@@ -293,9 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if limits.sync_pool and (wrong := [count for count in limits.lanes if count % limits.lane_group]):
         parser.error(f"{wrong[0]} lanes do not make groups of {limits.lane_group}")
     items, dropped = load(limits)
-    hardware = (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    hardware = f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     command = shlex.join(["python", "benchmarks/packing.py", *(sys.argv[1:] if argv is None else argv)])
     common = {
         "dropped": dropped, "ranks": limits.ranks, "max_tokens": limits.max_tokens, "buffer": limits.buffer,

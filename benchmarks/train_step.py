@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ from PIL import Image
 from sailvl import assets
 from sailvl.curriculum import Train
 from sailvl.data.loader import Loader
+from sailvl.doctor import cpu_name
 from sailvl.geometry import Tiling
 from sailvl.model import checkpoint
 from sailvl.model.processing import build_processor
@@ -178,16 +178,10 @@ def result(args, precision, batches, inputs, losses, seconds) -> dict:
         "tiles": sum(len(batch.tiles_N3SS) for batch in batches),
         "packed_fill": round(tokens / (args.max_tokens * len(batches)), 4),
         "padded_fill": round(tokens / sum(item["input_ids"].numel() for item in inputs), 4),
-        "hardware": f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
         f"{args.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
         "command": " ".join(["python", *sys.argv]),
     }
-
-
-def processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

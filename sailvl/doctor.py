@@ -172,7 +172,7 @@ def surroundings() -> dict[str, Any]:
     """Hardware, versions and commit: what a number in ``done.json`` needs to be compared."""
     import torch  # noqa: PLC0415  (a torch that does not import is a finding)
 
-    hardware: dict[str, Any] = {"machine": platform.machine(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         hardware |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     names: Sequence[str] = ("torch", "transformers", "numpy", "pillow")
@@ -187,12 +187,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What this machine's processor is called."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

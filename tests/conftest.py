@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from sailvl.geometry import Tiling
 from sailvl.model import SailVLForConditionalGeneration, SailVLProcessor, checkpoint
 from sailvl.model.processing import build_processor
+from tests.tiny import LM, VIT
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -80,15 +81,5 @@ def tiny_processor(tiny_tokenizer_file: Path) -> SailVLProcessor:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_processor: SailVLProcessor) -> SailVLForConditionalGeneration:
-    vit = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    lm = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-    }
-    config = checkpoint.config_for("nano", processor=tiny_processor, vit=vit, lm=lm)
+    config = checkpoint.config_for("nano", processor=tiny_processor, vit=VIT, lm=LM)
     return checkpoint.build(config, seed=0).eval()

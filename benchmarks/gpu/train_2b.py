@@ -48,6 +48,7 @@ from sailvl import assets
 from sailvl.curate.synth.source import SynthSource, question_images
 from sailvl.curriculum import Parallel, Train
 from sailvl.data.source import JsonlSource
+from sailvl.doctor import cpu_name
 from sailvl.geometry import Tiling
 from sailvl.model import attention, checkpoint
 from sailvl.model.processing import build_processor
@@ -130,7 +131,7 @@ def case(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     state.loader.close()
     shapes = [flops.shape_of(batch) for batches, _ in done for batch in batches]
     work = flops.step_flops(config, shapes, trains)
-    name = torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if is_cuda else cpu_name()
     known = hardware.recognise(name)
     tokens, tiles = sum(sum(shape.lengths) for shape in shapes), sum(shape.num_tiles for shape in shapes)
     mfu = flops.mfu(work, seconds, 1, known.flops if known else None)

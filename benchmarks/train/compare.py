@@ -49,6 +49,7 @@ import data
 import torch
 import work as shared
 
+from sailvl.doctor import cpu_name
 from sailvl.train.step import resolve_precision
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
@@ -202,7 +203,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "work": described(work),
         "precision": precision,
         "load_at_start": round(load, 1),
-        "hardware": f"{processor_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
+        "hardware": f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__}, python {platform.python_version()}",
         "command": shlex.join(["python", *sys.argv]),
     }
@@ -241,12 +242,6 @@ def described(work: shared.Work) -> dict[str, Any]:
         "pack_fill": round(sum(work.tokens) / (work.max_tokens * work.lanes * len(work.updates)), 4),
         "max_tokens": work.max_tokens, "packs_per_update": work.lanes,
     }  # fmt: skip
-
-
-def processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(result: dict[str, Any]) -> str:

@@ -156,23 +156,27 @@ def load(
         refuse_pickles(folder)
     if not folder.exists() and str(path).count("/") != 1:
         raise CheckpointError(f"{folder}: no such model folder")
+    dtype = dtype if dtype is not None else "auto"
+    model = load_whole(SailVLForConditionalGeneration, path, dtype=dtype, attn_implementation=attn_implementation)
+    return cast(SailVLForConditionalGeneration, model)
+
+
+def load_whole(kind: Any, folder: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(folder)``. Raises CheckpointError if a tensor is unreadable, missing, odd or left over.
+
+    The library fills such tensors with random numbers and a warning; a model loaded here is whole or not at all.
+    """
     try:
-        model, info = SailVLForConditionalGeneration.from_pretrained(
-            path,
-            dtype=dtype if dtype is not None else "auto",
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the weights cannot be read ({error})") from error
-    # The library fills such tensors with random numbers and a warning; a model loaded here is whole or not at all.
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in info[problem])
         if names:
-            raise CheckpointError(f"{path}: {len(names)} {problem.replace('_keys', ' tensors')}, first {names[0]}")
-    return cast(SailVLForConditionalGeneration, model)
+            raise CheckpointError(f"{folder}: {len(names)} {problem.replace('_keys', ' tensors')}, first {names[0]}")
+    return model
 
 
 def refuse_pickles(folder: Path) -> None:

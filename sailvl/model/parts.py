@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .attention import PACKED
 from .chat import GROUNDING_TOKENS, IMAGE_END, IMAGE_START, IMAGE_TOKEN
-from .checkpoint import CheckpointError, refuse_pickles
+from .checkpoint import CheckpointError, load_whole, refuse_pickles
 from .configuration import ARCHITECTURES, SailViTConfig
 from .vit import SailViT
 
@@ -224,23 +224,8 @@ def read_lm(folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     refuse_pickles(folder)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            attn_implementation=PACKED,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in info[problem])
-        if names:
-            raise CheckpointError(f"{folder}: {len(names)} {problem.replace('_keys', ' tensors')}, first {names[0]}")
-    return model.eval()
+    options = {"dtype": "auto", "attn_implementation": PACKED, "trust_remote_code": False}
+    return load_whole(AutoModelForCausalLM, folder, **options).eval()
 
 
 def read_tokenizer(folder: Path) -> tuple[Any, list[str]]:

@@ -15,6 +15,7 @@ from sailvl.geometry import AnyRes, ImagePolicy
 from sailvl.model import SailVLForConditionalGeneration, checkpoint
 from sailvl.model.processing import build_processor
 from sailvl.types import Message, Picture, Record, RecordError
+from tests.tiny import LM, VIT
 
 SIZES = {
     "text": (),
@@ -24,17 +25,6 @@ SIZES = {
     "clip": ((60, 60),) * 3,
 }
 KINDS = ["several", "text", "one", "clip", "tiled", "text", "one", "several", "tiled", "text", "one"]
-
-VIT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-LM = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-}
 
 
 def ask(number: int, kind: str, policy: ImagePolicy | None = None, **sampling) -> Request:

@@ -20,6 +20,7 @@ from sailvl.model.attention import PACKED, packed_attention
 from sailvl.model.positions import stretched, turn, turns
 from sailvl.model.processing import build_processor
 from sailvl.model.projector import pixel_shuffle, pixel_shuffle_ragged
+from tests.tiny import loud
 
 WIDTHS = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -294,20 +295,6 @@ def test_ragged_pixel_shuffle_of_squares_is_the_fixed_one() -> None:
 
 
 # ---- the whole model --------------------------------------------------------------------------------------------
-
-
-def loud(model: SailVLForConditionalGeneration) -> SailVLForConditionalGeneration:
-    """A copy with weights large enough that answers differ, and with no end token in the way."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.ndim > 1:
-                value.normal_(0.0, 0.2, generator=generator)
-            elif "norm" not in name:
-                value.normal_(0.0, 0.1, generator=generator)
-    model.generation_config.suppress_tokens += [model.generation_config.eos_token_id]
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,13 @@ from PIL import Image
 from transformers import AutoTokenizer, TextStreamer, pipeline
 
 from sailvl.model import SailVLForConditionalGeneration, SailVLProcessor
+from tests.tiny import loud
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: SailVLForConditionalGeneration) -> SailVLForConditionalGeneration:
     """The tiny model with weights large enough that answers differ, and with no end token in the way."""
-    model = copy.deepcopy(tiny_model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.ndim > 1:
-                value.normal_(0.0, 0.2, generator=generator)
-            elif "norm" not in name:
-                value.normal_(0.0, 0.1, generator=generator)
-    model.generation_config.suppress_tokens += [model.generation_config.eos_token_id]
-    return model
+    return loud(tiny_model)
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
