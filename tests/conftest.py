@@ -9,7 +9,7 @@ Both are built once per test run: a test that changes one must copy it (``copy.d
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -42,11 +42,7 @@ torch.set_num_threads(1)
 def clips() -> ModuleType:
     """``tests/clips.py``, which makes tiny clips; what needs it is skipped without PyAV."""
     pytest.importorskip("av")
-    spec = importlib.util.spec_from_file_location("clips", Path(__file__).with_name("clips.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tests.clips")
 
 
 @pytest.fixture(scope="session")

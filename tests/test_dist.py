@@ -1,16 +1,10 @@
 """What processes have together, on one of them and on several."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from sailvl import dist
-
-SPEC = importlib.util.spec_from_file_location("group", Path(__file__).parent / "train" / "group.py")
-group = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(group)
+from tests.train import group
 
 
 def facts():

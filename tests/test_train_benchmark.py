@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -171,10 +170,7 @@ def test_the_command_trains_verifies_and_says_what_did_not_run(
 
 def test_the_gpu_benchmark_runs_without_one(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    spec = importlib.util.spec_from_file_location("train_2b", ROOT / "benchmarks" / "gpu" / "train_2b.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = importlib.import_module("benchmarks.gpu.train_2b")
     options = (
         "--trains projector --compile off --checkpointing none --size nano --device cpu --max-tokens 512 --steps 2 "
         "--warmup 1 --workers 0"

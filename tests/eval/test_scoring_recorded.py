@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.eval import oracle
+
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "data" / "recorded.json").read_text(encoding="utf-8"))
-
-
-def load_oracle() -> Any:
-    spec = importlib.util.spec_from_file_location("scoring_oracle", HERE / "oracle.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = load_oracle()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,6 @@
 """A tiny model, a byte tokenizer, and a file of mixed samples, on disk as a user would have them."""
 
-import importlib.util
+import importlib
 import json
 import random
 from dataclasses import replace
@@ -34,19 +34,13 @@ LM = {
 @pytest.fixture(scope="session")
 def group():
     """``tests/train/group.py``, which runs functions in several processes."""
-    spec = importlib.util.spec_from_file_location("group", Path(__file__).with_name("group.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tests.train.group")
 
 
 @pytest.fixture(scope="session")
 def states():
     """``tests/train/states.py``, which makes the state of a stage, sharded where there are several processes."""
-    spec = importlib.util.spec_from_file_location("states", Path(__file__).with_name("states.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tests.train.states")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 The last one runs a case of the benchmark in a process of its own, with a bound wider than the benchmark's.
 """
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -305,9 +305,7 @@ def test_planning_needs_neither_torch_nor_transformers():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_a_measured_step_is_near_its_plan():
-    spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks/memory.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = importlib.import_module("benchmarks.memory")
     case = {"size": "nano", "trains": list(PARTS), "precision": "fp32", "checkpointing": "none"}
     found = benchmark.measure({**case, "lengths": [500, 524], "tiles": 3})
     assert found["planned"] == pytest.approx(found["measured"], rel=0.2)
