@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,3 +60,13 @@ def force_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_folder(fresh: Path, target: Path, aside: Path) -> None:
+    """Rename ``fresh`` to ``target``; an earlier folder steps ``aside`` first, as folders cannot be renamed over."""
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    fresh.rename(target)
+    force_to_disk(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)

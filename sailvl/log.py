@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from sailvl.files import writing
+from sailvl.files import write_text, writing
 
 
 class MetricsLog:
@@ -151,7 +151,7 @@ class _Wandb(_Runs):
         """The same run after a resumption: an id that is kept beside the metrics."""
         file = stage / "wandb.id"
         if not file.exists():
-            file.write_text(os.urandom(8).hex(), encoding="utf-8")
+            write_text(file, os.urandom(8).hex())
         return {"id": file.read_text(encoding="utf-8"), "dir": str(stage)}
 
 
@@ -207,7 +207,7 @@ class _Mirror:
         try:
             if step <= (int(self._mark.read_text()) if self._mark.exists() else 0):
                 return
-            self._mark.write_text(str(step))  # before: after a crash a row is missing rather than there twice
+            write_text(self._mark, str(step))  # before: after a crash a row is missing rather than there twice
             if self._tracker is None:
                 self._tracker = TRACKERS[self.name](self.path)
             self._tracker.log(numbers, step)

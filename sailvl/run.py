@@ -177,10 +177,12 @@ def _unshareable(curriculum: Curriculum, world_size: int) -> list[tuple[str, str
     """Faults of stages that so many processes cannot share."""
     if world_size == 1:
         return []
-    from sailvl.train.parallel import faults
+    from sailvl.train.plan import unshareable
 
     stages = [(index, stage) for index, stage in enumerate(curriculum.stages) if isinstance(stage, Train)]
-    return [(f"stages.{index}.{path}", text) for index, stage in stages for path, text in faults(stage, world_size)]
+    return [
+        (f"stages.{index}.{path}", text) for index, stage in stages for path, text in unshareable(stage, world_size)
+    ]
 
 
 def _missing_extras(curriculum: Curriculum) -> list[tuple[str, str]]:

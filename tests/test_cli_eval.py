@@ -61,7 +61,7 @@ def test_a_table_that_cannot_be_used_fails_alone(sail: Any, tmp_path: Path, monk
     table_of(tmp_path / "good.tsv", 2)
     (tmp_path / "bad.tsv").write_text("question\nq\n")
     monkeypatch.setattr("sailvl.engine.remote.Remote", lambda *_, **__: Fake("A"))
-    code, out, _ = sail("eval", "--base-url", "http://x", "--data", "bad,good", "--lmu-dir", ".")
+    code, out, _ = sail("eval", "--base-url", "http://x", "--served-model", "m", "--data", "bad,good", "--lmu-dir", ".")
     assert code == 1 and "bad.tsv" in out and "good: 100.00" in out
 
 
@@ -70,7 +70,8 @@ def test_clips_lie_in_a_folder_of_choice(sail: Any, tmp_path: Path, monkeypatch:
     (tmp_path / "clips/a.mp4").write_bytes(clip(20))
     (tmp_path / "MVBench.tsv").write_text("index\tvideo\tquestion\tcandidates\tanswer\n0\ta\tWhat?\t['x', 'y']\tx\n")
     monkeypatch.setattr("sailvl.engine.remote.Remote", lambda *_, **__: Fake("A"))
-    words = ("eval", "--base-url", "http://x", "--data", "MVBench", "--lmu-dir", ".", "--video-dir")
+    words = ("eval", "--base-url", "http://x", "--served-model", "m", "--data", "MVBench", "--lmu-dir", ".")
+    words += ("--video-dir",)
     code, _, err = sail(*words, "nowhere")
     assert code == 2 and "--video-dir nowhere: no such folder" in err
     code, out, _ = sail(*words, "clips")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -157,16 +156,14 @@ def _draw(answer: str, picture: Image, out: Path, *, quiet: bool) -> list[dict[s
     """Save the picture with the answer's boxes drawn on it, and say where; without boxes nothing is written."""
     from dataclasses import asdict
 
+    from sailvl.files import writing
     from sailvl.grounding import draw_boxes, parse_boxes
 
     found = parse_boxes(answer, *picture.size)
     if found:
-        scratch = out.with_name(f".{os.getpid()}-{out.name}")
-        try:
-            draw_boxes(picture, found).save(scratch)
-            os.replace(scratch, out)
-        finally:
-            scratch.unlink(missing_ok=True)
+        kind = {".png": "PNG", ".webp": "WEBP"}.get(out.suffix.lower(), "JPEG")
+        with writing(out, "wb") as file:
+            draw_boxes(picture, found).save(file, kind)
     if not quiet:
         says = f"{len(found)} {'box' if len(found) == 1 else 'boxes'}: {out}" if found else "no boxes in the answer"
         typer.echo(says, err=True)

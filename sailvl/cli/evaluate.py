@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -213,8 +213,8 @@ def _engine(
     if base_url is not None:
         from sailvl.engine.remote import Remote
 
-        remote: Any = Remote(base_url, served_model, capacity=batch)
-        called = served_model or "served"
+        remote = Remote(base_url, served_model, capacity=batch)
+        called = served_model or remote.model_name()
         return remote, _file_name(called), f"{base_url} {called}"
     folder = find_model(model)
     settle_libraries(threads)

@@ -86,7 +86,7 @@ def _conversation(record: Record) -> list[dict[str, Any]]:
     """Messages for the chat template: every picture a part of a user message, in place of its placeholder."""
     pictures = iter(record.pictures)
     num_named = sum(message.text.count(IMAGE_PLACEHOLDER) for message in record.messages if message.role == "user")
-    if num_named not in (0, len(record.pictures)) or (num_named and not record.pictures):
+    if num_named not in (0, len(record.pictures)):
         raise RecordError(f"record {record.id}: {num_named} placeholders, {len(record.pictures)} pictures")
     conversation: list[dict[str, Any]] = []
     for message in record.messages:

@@ -86,6 +86,13 @@ class Remote:
     def __repr__(self) -> str:
         return f"Remote({self.base_url!r}, model={self._model!r}, capacity={self.capacity})"
 
+    def model_name(self) -> str:
+        """The model that answers, as the server calls it. Raises EngineError if the server cannot say."""
+        try:
+            return asyncio.run_coroutine_threadsafe(self._name(), self._running_thread().loop).result()
+        except ServerError as error:
+            raise EngineError(f"{self.base_url}: {error}") from error
+
     def submit(self, request: Request) -> None:
         """Take a request; what the server thinks of it comes as a Delta.
 
@@ -96,11 +103,9 @@ class Remote:
         if request.id in self._running:
             raise ValueError(f"request {request.id!r} is in flight already")
         request_body(request, self._policy_as, pictures=False)
-        if self._thread is None:
-            self._thread = _Thread()
         run = _Run(request)
         self._running[request.id] = run
-        run.task = asyncio.run_coroutine_threadsafe(self._answer(run), self._thread.loop)
+        run.task = asyncio.run_coroutine_threadsafe(self._answer(run), self._running_thread().loop)
 
     def step(self) -> list[Delta]:
         """What has arrived since the last step; waits for something, briefly.
@@ -141,6 +146,11 @@ class Remote:
         if self._thread is not None:
             self._thread.end(self._connections)
         self._thread = None
+
+    def _running_thread(self) -> _Thread:
+        if self._thread is None:
+            self._thread = _Thread()
+        return self._thread
 
     def _stop_all(self) -> None:
         for run in self._running.values():

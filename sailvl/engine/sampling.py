@@ -52,7 +52,7 @@ class Chooser:
         """Lower the logits of tokens said before, in place."""
         sampling = self.sampling
         if self.seen:
-            ids = torch.tensor(sorted(self.seen), device=logits_V.device)
+            ids = torch.tensor(list(self.seen), device=logits_V.device)
             logits = logits_V[ids]
             factor = sampling.repetition_penalty
             logits_V[ids] = torch.where(logits > 0, logits / factor, logits * factor)

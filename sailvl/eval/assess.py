@@ -23,7 +23,7 @@ from sailvl.eval.scoring.base import Context
 from sailvl.eval.suite import Benchmark, printed, printed_score
 from sailvl.eval.table import Row, Table, TableError, read_predictions, write_tsv
 from sailvl.files import write_text
-from sailvl.verify.cleanup import sail_answer
+from sailvl.verify.cleanup import sail_answer, split_think
 
 HALVES = 200
 """Half samples that an interval is made of."""
@@ -72,7 +72,7 @@ def export(table: Table, asking: Asking, predictions: Path, out: Path, *, model:
         answer = found.get(str(row["index"]), {})
         raw = answer.get("raw", "")
         cleaned = sail_answer(raw, table.name, thinking=asking.thinking)
-        thought = {"thinking": raw.rpartition("</think>")[0].replace("<think>", "").strip()} if asking.thinking else {}
+        thought = {"thinking": split_think(raw)[1]} if asking.thinking else {}
         rows.append({**row, "prediction": cleaned, **thought})
     write_tsv(out, rows, [*table.columns, "prediction", *(["thinking"] if asking.thinking else [])])
     return {index: row["error"] for index, row in found.items() if row.get("error")}

@@ -98,10 +98,13 @@ def evaluate_file(
     judge: Judge | None = None,
     judge_name: str | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Ask, export, score and keep one data set. Raises TableError for a file that cannot be used."""
     table = open_table(path, limit=plan.limit, strict=plan.strict)
     benchmark = find(table.name, table)
+    if benchmark.judge == "always" and judge is None:
+        say(f"{table.name}: every answer needs a judge, and there is none: all count as unresolved")
     asking = plan.asking(benchmark)
     folder = out / model / table.name
     before = _tiles(engine)
@@ -150,6 +153,7 @@ def evaluate_files(
                 judge=judge,
                 judge_name=judge_name,
                 progress=progress,
+                say=say,
             )
         except TableError as error:
             faults.append(str(error))

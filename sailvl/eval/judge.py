@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 
 from sailvl.eval.scoring import JudgeError
+from sailvl.files import whole_lines
 
 TRIES = 4
 """Attempts per question; between them 1, 2 and 4 seconds, or what the server asks for (at most 60)."""
@@ -111,14 +112,9 @@ def _text(response: httpx.Response) -> str | None:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Replies of earlier runs; a line torn by a kill is left out."""
-    if not path.exists():
-        return {}
+    """Replies of earlier runs; what is no reply is left out."""
     known = {}
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content + b"\n")  # or the next reply would join the torn line
-    for line in content.decode("utf-8", errors="replace").splitlines():
+    for line in whole_lines(path):
         try:
             row = json.loads(line)
             known[str(row["key"])] = str(row["reply"])

@@ -70,15 +70,6 @@ class Asked:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A row to ask: its place in the table, the file key of its answer, and its order."""
-
-    number: int
-    key: str
-    work: tuple[int, int, int]
-
-
 def predict(
     engine: Engine,
     table: Table,
@@ -109,8 +100,8 @@ def predict(
             if progress and task is not None:
                 progress.advance(task)
 
-        jobs = _in_order(table, pending, keys, asking, pool)
-        requests = _prepared(table, jobs, asking, video_root, pool, ahead=2 * engine.capacity, failed=write)
+        numbers = _in_order(table, pending, asking, pool)
+        requests = _prepared(table, numbers, asking, video_root, pool, ahead=2 * engine.capacity, failed=write)
         for reply in replies(engine, requests):
             number = int(reply.id)
             if reply.error:
@@ -180,17 +171,14 @@ def current(path: Path, table: Table, keys: Sequence[str]) -> list[dict[str, Any
 # ---- requests -------------------------------------------------------------------------------------------------
 
 
-def _in_order(
-    table: Table, pending: Sequence[int], keys: Sequence[str], asking: Asking, pool: ThreadPoolExecutor
-) -> list[_Job]:
+def _in_order(table: Table, pending: Sequence[int], asking: Asking, pool: ThreadPoolExecutor) -> list[int]:
     """Most tiles first, then rows of one picture together, then longer questions first."""
 
-    def job(number: int) -> _Job:
-        tiles = _num_tiles(table, number, asking)
+    def work(number: int) -> tuple[int, int, int]:
         text = len(str(table.rows[number].get("question") or ""))
-        return _Job(number=number, key=keys[number], work=(-tiles, picture_key(table, number), -text))
+        return -_num_tiles(table, number, asking), picture_key(table, number), -text
 
-    return sorted(pool.map(job, pending), key=lambda job: job.work)
+    return [number for _, number in sorted(zip(pool.map(work, pending), pending, strict=True))]
 
 
 def _num_tiles(table: Table, number: int, asking: Asking) -> int:
@@ -210,7 +198,7 @@ def _num_tiles(table: Table, number: int, asking: Asking) -> int:
 
 def _prepared(
     table: Table,
-    jobs: Sequence[_Job],
+    numbers: Sequence[int],
     asking: Asking,
     video_root: Path | None,
     pool: ThreadPoolExecutor,
@@ -221,10 +209,10 @@ def _prepared(
     """Requests in order, decoded in threads at most ``ahead`` of the engine; rows that cannot be asked go to
     ``failed`` instead."""
     waiting: deque[tuple[int, Future[Request]]] = deque()
-    upcoming = iter(jobs)
+    upcoming = iter(numbers)
     while True:
-        while len(waiting) < ahead and (job := next(upcoming, None)) is not None:
-            waiting.append((job.number, pool.submit(request, table, job.number, asking, video_root)))
+        while len(waiting) < ahead and (number := next(upcoming, None)) is not None:
+            waiting.append((number, pool.submit(request, table, number, asking, video_root)))
         if not waiting:
             return
         number, future = waiting.popleft()

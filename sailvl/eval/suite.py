@@ -29,7 +29,7 @@ class Benchmark:
 
     ``files``: a regular expression for the whole of its files' names, without ending. ``kind``: the toolkit's type of
     question. ``metric``: a rule of ``eval.scoring``. ``judge``: "never" asked, "rest" asked for answers that no rule
-    settles, or "always". ``printed``: its column in the report's tables. ``split``: the part the report counts.
+    settles, or "always". ``printed``: its column in the report's tables.
     """
 
     name: str

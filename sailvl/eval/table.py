@@ -239,8 +239,8 @@ def _image_cell(table: Table, number: int, where: str) -> str | None:
     with table.path.open("rb") as file:
         header = next(csv.reader([file.readline().decode("utf-8-sig")], delimiter="\t"))
         file.seek(start)
-        lines = file.read(end - start).decode("utf-8").splitlines(keepends=True)
-    return next(csv.reader(lines, delimiter="\t"))[header.index("image")]
+        record = file.read(end - start).decode("utf-8")  # cut at line feeds alone: texts hold other ends of lines
+    return next(csv.reader([record], delimiter="\t"))[header.index("image")]
 
 
 def picture_key(table: Table, number: int) -> int:
@@ -320,7 +320,7 @@ def _sheet(path: Path) -> list[dict[str, str]]:
 def _objects(path: Path, *, lines: bool) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found: Any = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        found: Any = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
@@ -331,7 +331,7 @@ def _objects(path: Path, *, lines: bool) -> list[Row]:
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write a TSV file in one piece (temporary file, fsync, rename); None becomes an empty cell."""
     with writing(path, errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer = csv.writer(file, delimiter="\t", lineterminator="\r\n")  # else a lone \r in a cell is not quoted
         writer.writerow(columns)
         for row in rows:
             writer.writerow(["" if row.get(column) is None else row[column] for column in columns])

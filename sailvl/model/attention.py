@@ -71,7 +71,7 @@ def packed_attention(
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
             f"packed attention takes one row of equal query and key length, got {query.shape[0]} rows, "
-            f"{query.shape[2]} queries and {key.shape[2]} keys: do not batch or cache packs"
+            f"{query.shape[2]} queries and {key.shape[2]} keys: do not batch packs, nor extend a cache with one"
         )
     half = _kernel_dtype(query)
     if half is not None and not kwargs.get("dropout"):

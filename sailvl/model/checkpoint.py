@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from sailvl.files import force_to_disk
+from sailvl.files import force_to_disk, replace_folder
 from sailvl.geometry import AnyRes, Scheme, Tiling
 from sailvl.sizes import SIZES
 
@@ -229,7 +229,8 @@ def put_in_place(fresh: Path, processor: SailVLProcessor | None, target: str | P
     for file in sorted(fresh.rglob("*")):
         force_to_disk(file)
     force_to_disk(fresh)
-    _replace(fresh, Path(target).absolute())
+    target = Path(target).absolute()
+    replace_folder(fresh, target, target.with_name(f".{target.name}.old-{os.getpid()}"))
 
 
 def _release_keys(path: Path) -> None:
@@ -237,17 +238,6 @@ def _release_keys(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     values["llm_config"] = values.pop("text_config")
     path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _replace(fresh: Path, target: Path) -> None:
-    """Rename ``fresh`` to ``target``; an earlier folder steps aside first, as folders cannot be renamed over."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    force_to_disk(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sailvl.files import force_to_disk
+
 from . import SailVLForConditionalGeneration, SailVLProcessor
 from .publish import ConvertError, Report, precision_of, refuse_existing
 
@@ -66,11 +68,11 @@ def export_gguf(
             writer.write_tensor_data(_stored(gguf, name, tensor, _type_of(gguf, name, tensor, kind)))
         writer.close()
         difference = _read_back(gguf, staging, model, kind)
-        with staging.open("rb") as file:
-            os.fsync(file.fileno())
+        force_to_disk(staging)
         num_bytes = staging.stat().st_size
         refuse_existing(out)
         staging.rename(out)
+        force_to_disk(out.parent)
     finally:
         staging.unlink(missing_ok=True)
     number = sum(tensor.numel() for _, tensor in _tensors(model))

@@ -32,10 +32,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sailvl.files import force_to_disk
+from sailvl.files import force_to_disk, replace_folder
 
 from . import SailVLForConditionalGeneration
-from .checkpoint import CheckpointError, _replace, load, part_parameters, refuse_pickles
+from .checkpoint import CheckpointError, fresh_folder, load, part_parameters, refuse_pickles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"
@@ -127,7 +127,7 @@ def save(model: SailVLForConditionalGeneration, path: str | Path) -> None:
     }
     text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # by default: what is a set is a sorted list
     target = Path(path).absolute()
-    fresh = target.with_name(f".{target.name}.saving-{os.getpid()}")
+    fresh = fresh_folder(target)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
@@ -138,7 +138,7 @@ def save(model: SailVLForConditionalGeneration, path: str | Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(f"{target}: saving the adapter failed ({error}); free some space") from error
-    _replace(fresh, target)
+    replace_folder(fresh, target, target.with_name(f".{target.name}.old-{os.getpid()}"))
 
 
 def base_of(adapter: str | Path) -> Path | None:

@@ -193,7 +193,7 @@ class SailVLModel(SailVLPreTrainedModel):
             raise ValueError("images need input_ids: placeholders cannot be found in inputs_embeds")
         if kwargs.get("cu_seq_lens_q") is not None:
             self._check_packed(inputs_embeds.shape[0], attention_mask, position_ids)
-            # Ready-made mask: none. The attention keeps documents apart, and a cache would serve nothing.
+            # Ready-made mask: none. The attention keeps documents apart. No cache unless asked for (``cache.joining``).
             attention_mask = self._no_mask(inputs_embeds)
             kwargs.setdefault("use_cache", False)
         return self.language_model(

@@ -65,16 +65,6 @@ def sparse_layers(model: nn.Module) -> dict[int, nn.Module]:
     return {index: layer.mlp for index, layer in enumerate(layers) if hasattr(layer.mlp, "experts")}
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those that one token uses): of every layer's experts only the chosen ones."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for block in sparse_layers(model).values():
-        experts = sum(parameter.numel() for parameter in block.experts.parameters())
-        idle += experts // block.gate.num_experts * (block.gate.num_experts - block.gate.top_k)
-    return total, total - idle
-
-
 # ---- choices: recorded and replayed -------------------------------------------------------------------------------
 
 

@@ -77,11 +77,6 @@ def quantize(model: SailVLForConditionalGeneration) -> SailVLForConditionalGener
     return model
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a model went through ``quantize``."""
-    return any(isinstance(module, Int8Linear) for module in model.modules())
-
-
 class Int8Linear(nn.Module):
     """A linear layer of ``weight`` int8 [N, K] times ``scale`` [N], whose type is that of inputs and outputs."""
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sailvl.train.flops import Shape, dense_layers
+from sailvl.train.flops import Shape, dense_layers, vit_layers
 
 CHUNK_LOGITS = 1 << 25
-"""``loss.MAX_CHUNK_LOGITS``, which a test compares."""
+"""Logits that the loss holds at once (``loss``)."""
 
 
 def lm_activations(config: Any, *, trains: bool, precision: str, sparse: bool = False) -> int:
@@ -97,7 +97,7 @@ def kept(config: Any, shape: Shape, trains: Collection[str], precision: str, che
 
     if "vit" in trains:
         of_block = patches * vit_activations(config, precision=precision)
-        blocks = config.select_layer if config.select_layer >= 0 else vision.num_hidden_layers + 1 + config.select_layer
+        blocks = vit_layers(config)
         if checkpointing == "none":
             total += blocks * of_block
         else:

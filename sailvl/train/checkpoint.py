@@ -35,13 +35,13 @@ from sailvl.model.checkpoint import CheckpointError
 from sailvl.train.background import Task
 from sailvl.train.export import export
 from sailvl.train.folders import TEMPORARY, damage, fingerprint, folders, newest, put_in_place, step_of
-from sailvl.train.resume import FORMAT, load, load_weights
+from sailvl.train.resume import FORMAT, load, saved_precision
 from sailvl.train.shards import Shard, file_name, named_weights
 from sailvl.train.shards import shards as shards_of
 from sailvl.train.shards import write as write_shards
 from sailvl.train.state import TrainState, copied, optimizer_tensors, rng_state
 
-__all__ = ["CheckpointError", "damage", "export", "finish", "load", "load_weights", "newest", "save"]
+__all__ = ["CheckpointError", "damage", "export", "finish", "load", "newest", "save", "saved_precision"]
 
 T = TypeVar("T")
 Parts = dict[str, dict[str, Shard]]

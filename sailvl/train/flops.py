@@ -99,10 +99,16 @@ def _adapters(rows: int, rank: int, sides: int, first: int) -> int:
     return 2 * rows * rank * (3 * sides - first)
 
 
+def vit_layers(config: Any) -> int:
+    """How many of the encoder's blocks are run: those behind the selected hidden state are not."""
+    select: int = config.select_layer
+    layers: int = config.vision_config.num_hidden_layers
+    return select if select >= 0 else layers + 1 + select
+
+
 def _vit(config: SailVLConfig, shape: Shape, trains: bool, rank: int | None) -> int:
     vision = config.vision_config
-    width, patches, select = vision.hidden_size, shape.patches(config), config.select_layer
-    layers = select if select >= 0 else vision.num_hidden_layers + 1 + select
+    width, patches, layers = vision.hidden_size, shape.patches(config), vit_layers(config)
     rows = sum(patches)
     stem = 2 * rows * vision.num_channels * vision.patch_size**2 * width
     blocks = 2 * rows * layers * (4 * width * width + 3 * width * vision.intermediate_size)

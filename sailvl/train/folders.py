@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sailvl import dist
-from sailvl.files import force_to_disk
+from sailvl.files import force_to_disk, replace_folder
 
 TEMPORARY = ".unfinished-"
 """Begins the names of folders that were being written; they may be deleted whenever nothing writes."""
@@ -74,14 +74,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename; a folder already there steps aside first, as folders cannot be renamed over."""
-    replaced = path.with_name(f"{TEMPORARY}old-{path.name}")
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        path.rename(replaced)
-    temporary.rename(path)
-    force_to_disk(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Rename; a folder already there steps aside first."""
+    replace_folder(temporary, path, path.with_name(f"{TEMPORARY}old-{path.name}"))
 
 
 def folders(folder: Path) -> list[Path]:

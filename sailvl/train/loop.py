@@ -15,7 +15,6 @@ at least tenths of a second, in exchange for a loop that always knows whether it
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping
@@ -83,7 +82,7 @@ def train(
     identity = digest(hashed_fields(stage))
     with ExitStack() as stack:
         newest = checkpoint.newest(out / "checkpoints")
-        precision = None if newest is None else saved_precision(newest)
+        precision = None if newest is None else checkpoint.saved_precision(newest)
         state = set_up(stage, model, processor, sources, workers, precision=precision)
         stack.enter_context(closing(state.loader))
         if newest is not None:
@@ -106,7 +105,7 @@ def train(
                 max_grad_norm=stage.max_grad_norm,
                 precision=state.precision,
                 z_loss=stage.z_loss,
-                balance=stage.balance_loss if "lm" in stage.trains else 0.0,
+                balance=stage.balance_loss if "lm" in stage.trains and stage.lora is None else 0.0,
                 expert_counts=state.expert_counts,
                 packs_per_forward=stage.parallel.packs_per_forward,
                 notes=(stop.requested, decided := fingerprint(state)),
@@ -189,8 +188,3 @@ def fingerprint(state: TrainState) -> int:
     """A number for what a process has decided so far: its step and its schedule."""
     decided = f"{state.step} {state.bad_steps} {state.schedule.phase} {state.schedule.scale!r}"
     return zlib.crc32(decided.encode())
-
-
-def saved_precision(path: Path) -> str:
-    """What "auto" meant when a checkpoint was written: weights are shared and cast before it is loaded."""
-    return str(json.loads((path / "state.json").read_text())["precision"])

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-MAX_CHUNK_LOGITS = 1 << 25
+from sailvl.train.activations import CHUNK_LOGITS
+
+MAX_CHUNK_LOGITS = CHUNK_LOGITS
 """Logits of a chunk: 128 MiB in fp32, 4,096 rows of the nano vocabulary, 220 of Qwen3's."""
 
 

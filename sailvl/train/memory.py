@@ -22,7 +22,7 @@ CONTEXT = 1_500_000_000
 """Bytes of a GPU that the CUDA context, cuBLAS's workspace and NCCL's buffers take. An assumption."""
 
 MAX_REPLICATED, MAX_WAITING = 40_000_000_000, 12_000_000_000
-"""``parallel.MAX_REPLICATED`` and ``parallel.MAX_WAITING_GRADIENTS``, which a test compares."""
+"""Bytes of frozen weights that every process may keep whole, and of whole gradients that may wait (``parallel``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

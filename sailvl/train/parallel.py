@@ -42,39 +42,22 @@ from torch.distributed.tensor import DTensor
 
 from sailvl import dist
 from sailvl.config import ConfigError
-from sailvl.curriculum import Parallel, Train
+from sailvl.curriculum import Parallel
 from sailvl.model import dispatch
 from sailvl.model.modeling import SailVLForConditionalGeneration
 from sailvl.model.moe import sparse_layers
+from sailvl.train import memory
 from sailvl.train.blocks import compile_parts, recompute
 from sailvl.train.shards import local, reshard, whole
 
 T = TypeVar("T")
 
-MAX_REPLICATED = 40_000_000_000
+MAX_REPLICATED = memory.MAX_REPLICATED
 """Bytes of frozen weights that every process may keep whole: an 8B model in bf16, and not a 30B one."""
 
-MAX_WAITING_GRADIENTS = 12_000_000_000
+MAX_WAITING_GRADIENTS = memory.MAX_WAITING
 """Bytes of whole fp32 gradients that may wait for the last pass of a step: those of a 2B model, and not of 8B. Above,
 every pass adds its own over the processes at once, which costs its communication and keeps a shard alone."""
-
-
-def faults(stage: Train, world_size: int) -> list[tuple[str, str]]:
-    """(field, message) of all that cannot be shared by ``world_size`` processes; empty if the stage can run."""
-    found, own = [], stage.parallel
-    if stage.lanes % world_size:
-        text = f"{stage.lanes} lanes cannot be dealt evenly to {world_size} processes: start a divisor of {stage.lanes}"
-        found.append(("lanes", text))
-    elif stage.lanes // world_size % own.packs_per_forward:
-        text = (
-            f"{stage.lanes // world_size} packs of each process ({stage.lanes} lanes over {world_size} processes) "
-            f"cannot be joined by {own.packs_per_forward}"
-        )
-        found.append(("parallel.packs_per_forward", text))
-    for field, size in (("replicas", own.replicas), ("experts", own.experts)):
-        if world_size % size:
-            found.append((f"parallel.{field}", f"{world_size} processes do not make groups of {size}"))
-    return found
 
 
 def wrap(

@@ -195,16 +195,31 @@ def _traffic(config: Any, stage: Train, gpus: int) -> tuple[int, int, int]:
     return shared, exchanges, int(8 * learned * own.replicas / gpus * (1 - 1 / own.replicas))
 
 
+def unshareable(stage: Train, world_size: int) -> list[tuple[str, str]]:
+    """(field, message) of all that cannot be shared by ``world_size`` processes; empty if the stage can run."""
+    found, own = [], stage.parallel
+    if stage.lanes % world_size:
+        text = f"{stage.lanes} lanes cannot be dealt evenly to {world_size} processes: start a divisor of {stage.lanes}"
+        found.append(("lanes", text))
+    elif stage.lanes // world_size % own.packs_per_forward:
+        text = (
+            f"{stage.lanes // world_size} packs of each process ({stage.lanes} lanes over {world_size} processes) "
+            f"cannot be joined by {own.packs_per_forward}"
+        )
+        found.append(("parallel.packs_per_forward", text))
+    for field, size in (("replicas", own.replicas), ("experts", own.experts)):
+        if world_size % size:
+            found.append((f"parallel.{field}", f"{world_size} processes do not make groups of {size}"))
+    return found
+
+
 def _uneven(stage: Train, gpus: int) -> str:
     own = stage.parallel
     each = gpus * own.packs_per_forward
     if stage.lanes % each:
         more = -(-stage.lanes // each) * each
         return f"{stage.lanes} lanes cannot be shared by {gpus} GPUs: set lanes={more}, or use fewer."
-    for field, size in (("replicas", own.replicas), ("experts", own.experts)):
-        if gpus % size:
-            return f"{gpus} GPUs do not make groups of {size}: change parallel.{field}."
-    return ""
+    return "; ".join(f"{field}: {text}" for field, text in unshareable(stage, gpus))
 
 
 def _remedy(config: Any, stage: Train, gpus: int, gpu: Gpu) -> str:

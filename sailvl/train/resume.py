@@ -75,6 +75,14 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     reshard(model)
 
 
+def saved_precision(path: Path) -> str:
+    """What "auto" meant when a checkpoint was written: weights are shared and cast before it is loaded.
+
+    Raises CheckpointError for an earlier format.
+    """
+    return str(_values(path)["precision"])
+
+
 def _values(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((path / "state.json").read_text())
     if values.get("format") != FORMAT:

@@ -46,8 +46,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def named_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Every parameter once, by the name it has in a model that nothing was wrapped around."""
-    return [(_plain(name), parameter) for name, parameter in model.named_parameters()]
+    """Every parameter once, by its name: nothing that is done to a model for training changes one."""
+    return list(model.named_parameters())
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -56,12 +56,8 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                found.setdefault(_plain(f"{prefix}.{name}" if prefix else name), buffer)
+                found.setdefault(f"{prefix}.{name}" if prefix else name, buffer)
     return found
-
-
-def _plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

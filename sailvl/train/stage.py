@@ -17,6 +17,7 @@ from sailvl.model import convert, lora
 from sailvl.model.modeling import SailVLForConditionalGeneration
 from sailvl.model.processing import SailVLProcessor
 from sailvl.train import checkpoint, ema, optim, parallel, schedule
+from sailvl.train.plan import unshareable
 from sailvl.train.state import TrainState
 from sailvl.train.step import resolve_precision
 
@@ -36,7 +37,7 @@ def set_up(
     matters: what is frozen is known before weights are shared, and the optimizer sees what is left of them here.
     Raises ConfigError if the processes cannot share the stage, or for an average of adapters.
     """
-    faults = parallel.faults(stage, dist.world_size())
+    faults = unshareable(stage, dist.world_size())
     if stage.lora is not None and stage.ema is not None:
         faults.append(("ema", "of adapters no average is kept: leave out ema or lora"))
     if faults:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from sailvl.verify.boxes import Box, box_iou
+
 _NUMBER = r"[0-9]{1,4}(?:\.[0-9]{1,6})?"
 _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]")
 _ANY_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
-
-Box = tuple[float, float, float, float]
 
 
 def iou(answer: str, truth: str) -> float:
@@ -22,7 +22,7 @@ def iou(answer: str, truth: str) -> float:
     if wanted is None:
         raise ValueError(f"the truth {truth!r} holds no box [[x1,y1,x2,y2]] with x1 < x2 and y1 < y2 in 0-1000")
     given = box(answer)
-    return float(given is not None and overlap(given, wanted) >= 0.5)
+    return float(given is not None and box_iou(given, wanted) >= 0.5)
 
 
 def box(text: str) -> Box | None:
@@ -35,15 +35,3 @@ def box(text: str) -> Box | None:
     if not (0 <= left < right <= 1000 and 0 <= top < bottom <= 1000):
         return None
     return left, top, right, bottom
-
-
-def overlap(one: Box, other: Box) -> float:
-    """Intersection over union of two boxes, in [0, 1]."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    return shared / (_area(one) + _area(other) - shared)
-
-
-def _area(value: Box) -> float:
-    return (value[2] - value[0]) * (value[3] - value[1])

@@ -153,6 +153,14 @@ def answer(server: Server, request: Request, **options: Any) -> Any:
 # ---- what is sent ---------------------------------------------------------------------------------------------------
 
 
+def test_a_server_says_which_model_it_is(server: Server) -> None:
+    with closing(Remote(server.url)) as engine:
+        assert engine.model_name() == "first"
+    with closing(Remote(server.url, "mine")) as engine:
+        assert engine.model_name() == "mine"
+    assert [path for _, path, _, _ in server.seen] == ["/v1/models"]
+
+
 def test_an_answer_and_what_was_asked(server: Server) -> None:
     server.scripts[:] = [
         says(chunk(role="assistant"), chunk(content="a "), chunk(content="cat"), chunk(finish="length"), USAGE)

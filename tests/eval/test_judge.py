@@ -90,6 +90,13 @@ def test_nobody_there():
         RemoteJudge("http://127.0.0.1:9/v1", "j", pause=0.001)("q")
 
 
+def test_a_reply_with_an_odd_end_of_line_is_remembered(server, tmp_path):
+    server.script[:] = [(200, "one\u2028two")]
+    assert judge(server, cache=tmp_path / "j.jsonl")("a") == "one\u2028two"
+    again = judge(server, cache=tmp_path / "j.jsonl")
+    assert again("a") == "one\u2028two" and again.asked == 0
+
+
 def test_a_torn_cache_is_mended(server, tmp_path):
     cache = tmp_path / "j.jsonl"
     judge(server, cache=cache)("a")

@@ -137,7 +137,8 @@ def test_only_the_language_model_changes_and_the_tied_table_exists_once(wide_mod
     assert not [name for name, value in lm.named_parameters() if value.ndim > 1]
     assert {type(module) for module in lm.modules()}.isdisjoint({nn.Linear, nn.Embedding})
     assert lm.embed_tokens(torch.tensor([[3, 5]])).shape == (1, 2, 768)
-    assert model.dtype == torch.bfloat16 and quant.is_quantized(model) and not quant.is_quantized(wide_model)
+    assert model.dtype == torch.bfloat16 and isinstance(model.lm_head, quant.Int8Linear)
+    assert not isinstance(wide_model.lm_head, quant.Int8Linear)
     before = [value.data_ptr() for value in model.buffers()]
     assert [value.data_ptr() for value in quantize(model).buffers()] == before  # again: nothing to do
 
@@ -210,7 +211,7 @@ def test_ask_answers_in_int8(
 
     code, out, _ = ask("--model", str(tmp_path / "model"), "--quant", "int8", "--json", "--max-new-tokens", "3")
     assert code == 0 and json.loads(out)["tokens"] >= 1
-    assert quant.is_quantized(made[0]) and made[0].model.vision_tower.dtype == torch.bfloat16
+    assert isinstance(made[0].lm_head, quant.Int8Linear) and made[0].model.vision_tower.dtype == torch.bfloat16
     code, _, err = ask("--model", str(tmp_path / "moe"), "--quant", "int8")
     assert code == 2 and "qwen3_moe" in err
     code, _, err = ask("--model", str(tmp_path / "model"), "--quant", "int4")

@@ -180,7 +180,7 @@ PLACES = {
         then_kill(checkpoint.force_to_disk, when=lambda path: path.name.startswith(".unfinished-new-step-000004")),
     ),
     "before old ones go": lambda: setattr(checkpoint, "_forget_others", second(lambda *_: None)),
-    "while the model is saved": lambda: setattr(model_checkpoint, "_replace", kill_self),
+    "while the model is saved": lambda: setattr(model_checkpoint, "replace_folder", kill_self),
 }  # fmt: skip
 
 

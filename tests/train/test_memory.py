@@ -19,7 +19,7 @@ from sailvl.config import ConfigError
 from sailvl.curriculum import AdaLRS, Checkpoint, Constant, Curriculum, Fresh, Jsonl, Lora, Parallel, Train
 from sailvl.model import SailVLForConditionalGeneration, checkpoint
 from sailvl.run import fresh_model
-from sailvl.train import activations, loss, memory, optim, parallel, plan
+from sailvl.train import activations, memory, optim, plan
 from sailvl.train.flops import Shape, mfu, step_flops
 from sailvl.train.hardware import GPUS, recognise
 from sailvl.train.memory import parameters, step_memory
@@ -156,11 +156,6 @@ def test_a_block_keeps_what_is_said(size, trains, precision):
 
 
 # ---- a step ---------------------------------------------------------------------------------------------------------
-
-
-def test_constants_are_those_of_the_code_they_speak_of():
-    assert activations.CHUNK_LOGITS == loss.MAX_CHUNK_LOGITS
-    assert memory.MAX_REPLICATED == parallel.MAX_REPLICATED and memory.MAX_WAITING == parallel.MAX_WAITING_GRADIENTS
 
 
 def test_states_of_8b_on_8_gpus_are_16_bytes_a_parameter_shared_by_8():

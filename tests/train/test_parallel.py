@@ -13,7 +13,7 @@ from sailvl.curriculum import Parallel
 from sailvl.data.loader import Loader
 from sailvl.model import checkpoint, moe
 from sailvl.model.checkpoint import part_parameters
-from sailvl.train import optim, parallel
+from sailvl.train import optim, parallel, plan
 from sailvl.train.step import joined, loss_sum, train_step
 
 ALL = ("vit", "projector", "lm")
@@ -335,11 +335,11 @@ def test_packs_joined_are_packs_apart(dense, steps):
 
 
 def test_what_cannot_be_shared_is_said_with_its_numbers(stage, dense, sparse):
-    assert parallel.faults(stage(lanes=4, parallel=Parallel(replicas=2, experts=2)), 4) == []
-    faults = parallel.faults(stage(lanes=4, parallel=Parallel(replicas=2, experts=2)), 3)
+    assert plan.unshareable(stage(lanes=4, parallel=Parallel(replicas=2, experts=2)), 4) == []
+    faults = plan.unshareable(stage(lanes=4, parallel=Parallel(replicas=2, experts=2)), 3)
     assert [path for path, _ in faults] == ["lanes", "parallel.replicas", "parallel.experts"]
     assert "4 lanes" in faults[0][1] and "3 processes" in faults[0][1]
-    (fault,) = parallel.faults(stage(lanes=6, parallel=Parallel(packs_per_forward=2)), 2)
+    (fault,) = plan.unshareable(stage(lanes=6, parallel=Parallel(packs_per_forward=2)), 2)
     assert fault[0] == "parallel.packs_per_forward" and "3 packs" in fault[1]
     with pytest.raises(ConfigError, match="no experts"):
         parallel.wrap(dense(), Parallel(experts=2), precision="fp32")

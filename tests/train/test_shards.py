@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sailvl.curriculum import Parallel
 from sailvl.model.checkpoint import CheckpointError
-from sailvl.train import shards
+from sailvl.train import parallel, shards
 from sailvl.train.shards import Reader, Shard, layout, named_weights, reading, write
 
 
@@ -110,11 +111,8 @@ def test_overlapping_boxes_are_refused(tmp_path):
         reader.read("t", (0,), (3,))
 
 
-def test_a_tied_head_and_wrappers_do_not_change_names(model):
+def test_a_tied_head_checkpointing_and_compilation_do_not_change_names(model):
     plain = set(named_weights(model))
     assert "lm_head.weight" not in plain and "model.language_model.embed_tokens.weight" in plain
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    layers = model.model.language_model.layers
-    layers[0] = torch.compile(checkpoint_wrapper(layers[0]), backend="eager")
+    parallel.wrap(model, Parallel(checkpointing="full", compile=True), precision="fp32", backend="eager")
     assert set(named_weights(model)) == plain

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sailvl.verify import iou
-from sailvl.verify.grounding import box, overlap
+from sailvl.verify.boxes import box_iou as overlap
+from sailvl.verify.grounding import box
 
 TRUTH = "<box>[[100,100,300,300]]</box>"
 
