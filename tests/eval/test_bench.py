@@ -68,6 +68,12 @@ def test_a_second_run_asks_nothing_and_scores_the_same(tmp_path):
     assert first[0].score == second[0].score and second[0].speed["asked"] == 0
 
 
+def test_a_set_that_needs_a_judge_says_so_before_it_is_asked(tmp_path):
+    _, _, said = evaluate(tmp_path, [table_of(tmp_path / "MMVet.tsv", 2)])
+    assert said[0] == "MMVet: every answer needs a judge, and there is none: all count as unresolved"
+    assert "2 unresolved" in said[1]
+
+
 def test_limit_keeps_the_first_rows(tmp_path):
     path = table_of(tmp_path / "MMStar.tsv", 8)
     assert evaluate(tmp_path, [path], limit=3)[0][0].n == 3
